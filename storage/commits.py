@@ -1,0 +1,151 @@
+"""Commit records: a unit of work is done when its record exists and what it names is there. Nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from storage.canonical import canonical_json, digest_bytes, digest_json
+from storage.files import publish_bytes
+
+RECORD_FORMAT = 1
+KEY_CHARACTERS = 24
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """One piece of work that is committed whole: a shard of a stage, for one variant of it.
+
+    ``variant`` is a method's id, a layer with its extractor, or empty for stages that have only one.
+    """
+
+    stage: str
+    variant: str = ""
+    shard: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.stage}{f' {self.variant}' if self.variant else ''} #{self.shard}"
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """A committed file: path relative to the store, size in bytes, sha256."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """What a unit wrote, and everything its key was made from."""
+
+    key: str
+    unit: Unit
+    ingredients: Mapping[str, Any]
+    objects: tuple[StoredObject, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """The record as canonical JSON with a digest of its own body."""
+        body = {
+            "key": self.key,
+            "unit": asdict(self.unit),
+            "ingredients": self.ingredients,
+            "objects": [asdict(one) for one in self.objects],
+            "facts": self.facts,
+        }
+        return canonical_json({"format": RECORD_FORMAT, "digest": digest_json(body), "body": body})
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> CommitRecord | None:
+        """The record in these bytes, or None where they are not a whole, unaltered record."""
+        try:
+            document = json.loads(content)
+            body = document["body"]
+            if document["digest"] != digest_json(body):
+                return None
+            return cls(
+                key=body["key"],
+                unit=Unit(**body["unit"]),
+                ingredients=body["ingredients"],
+                objects=tuple(StoredObject(**one) for one in body["objects"]),
+                facts=body["facts"],
+            )
+        except (ValueError, KeyError, TypeError):
+            return None
+
+
+def key_of(ingredients: Mapping[str, Any]) -> str:
+    """The key of a unit: sha256 over the canonical JSON of everything that its result depends on."""
+    return digest_json(ingredients)
+
+
+def slug(variant: str) -> str:
+    """A variant as a folder name: readable, and distinct wherever variants are distinct."""
+    if not variant:
+        return "_"
+    plain = re.sub(r"[^A-Za-z0-9_.=,+-]", "_", variant)[:80]
+    return plain if plain == variant else f"{plain}-{digest_bytes(variant.encode())[:8]}"
+
+
+class CommitLog:
+    """The commit records of one store, one small JSON file each, filed by stage and variant."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, unit: Unit, key: str) -> Path:
+        """Where the record of a unit with this key stands."""
+        return self.folder / unit.stage / slug(unit.variant) / f"{unit.shard:07d}-{key[:KEY_CHARACTERS]}.json"
+
+    def read(self, unit: Unit, key: str) -> CommitRecord | None:
+        """The record of a unit with exactly this key, or None."""
+        record = self._load(self.path(unit, key))
+        return record if record is not None and record.key == key else None
+
+    def write(self, record: CommitRecord) -> None:
+        """Puts a record in place; from here on the unit is done."""
+        publish_bytes(self.path(record.unit, record.key), record.to_bytes())
+
+    def of_unit(self, unit: Unit) -> list[CommitRecord]:
+        """All records of a unit under any key, the latest written last."""
+        folder = self.folder / unit.stage / slug(unit.variant)
+        paths = sorted(folder.glob(f"{unit.shard:07d}-*.json"), key=lambda path: path.stat().st_mtime_ns)
+        return [record for path in paths if (record := self._load(path)) is not None]
+
+    def __iter__(self) -> Iterator[CommitRecord]:
+        for path in sorted(self.folder.glob("*/*/*.json")):
+            if (record := self._load(path)) is not None:
+                yield record
+
+    @staticmethod
+    def _load(path: Path) -> CommitRecord | None:
+        try:
+            return CommitRecord.from_bytes(path.read_bytes())
+        except OSError:
+            return None
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the entries in which two sets of ingredients differ, with old and new values."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if before == after:
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}: {_short(before)} -> {_short(after)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 48 else f"{text[:20]}...{hashlib.sha256(text.encode()).hexdigest()[:6]}"

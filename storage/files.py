@@ -1,0 +1,48 @@
+"""Writing files so that a reader sees either all of a file or none of it, after any crash."""
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+TEMPORARY = ".tmp-"
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the entries of a folder durable: a rename is only safe once its folder is synced."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Makes a file's content durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets ``write`` fill a temporary neighbour, then puts it in place: fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}"[:250])
+    try:
+        write(temporary)
+        sync_file(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def publish_bytes(path: Path, content: bytes) -> None:
+    """Writes bytes to a path whole or not at all."""
+    publish(path, lambda temporary: _write(temporary, content))
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)

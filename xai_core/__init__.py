@@ -1,0 +1,1 @@
+"""The science of Vitrine: tensors in, tensors out. No files, no network, no orchestration, no store."""

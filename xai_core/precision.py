@@ -1,0 +1,29 @@
+"""Arithmetic precision of forwards and gradients, as a context that leaves the process as it found it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+@contextmanager
+def precision_context(precision: Precision, device: str | torch.device) -> Iterator[None]:
+    """Runs the block in ``fp32``, in ``tf32`` matrix products, or under ``bf16`` autocast.
+
+    Weights stay in float32 throughout. On a device without TF32 units ``tf32`` computes float32.
+    """
+    before = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions

@@ -1,0 +1,160 @@
+"""One registry for methods, metrics, parsers and extractors: an entry is data, a duplicate is fatal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+from xai_core.errors import UsageError, nearest
+
+Family = Literal["cnn", "vit"]
+BOTH: tuple[Family, ...] = ("cnn", "vit")
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of an entry that has none."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What every registered thing tells of itself.
+
+    ``options`` is a frozen dataclass type: its fields are the config keys, its defaults the defaults.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    options: type = NoOptions
+    summary: str = ""
+    paper: str = ""
+
+
+@dataclass(frozen=True)
+class MethodEntry(Entry):
+    """An attribution method: where it is defined, what it fits, what it returns and what it costs."""
+
+    equation: str = ""
+    families: tuple[Family, ...] = BOTH
+    output: Literal["pixels", "parts"] = "pixels"
+    # How a map of native resolution becomes one of input resolution; None where it already has that size.
+    upsampling: str | None = None
+    cost: str = ""
+
+
+@dataclass(frozen=True)
+class MetricEntry(Entry):
+    """A metric: its exact definition, its direction and bounds are data, not prose."""
+
+    definition: str = ""
+    higher_is_better: bool = True
+    bounds: tuple[float, float] = (0.0, 1.0)
+    undefined: str = ""
+    # The trajectories whose probabilities the metric is computed from, given its options.
+    trajectories: Callable[[Any], tuple[Any, ...]] = field(default=lambda options: ())
+
+
+@dataclass(frozen=True)
+class ParserEntry(Entry):
+    """A way to cut an image into parts. ``needs`` names the inputs it reads beside the images."""
+
+    needs: tuple[Literal["features", "masks"], ...] = ()
+
+
+@dataclass(frozen=True)
+class ExtractorEntry(Entry):
+    """A way to learn a dictionary of concept vectors from pointwise feature vectors."""
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class Registry(Generic[E]):
+    """Entries of one kind by name."""
+
+    def __init__(self, kind: str, entry_type: type[E]) -> None:
+        self.kind = kind
+        self._entry_type = entry_type
+        self._entries: dict[str, E] = {}
+
+    def register(self, name: str, **facts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator that registers a function under ``name``; a second one of that name is an error."""
+
+        def add(function: Callable[..., Any]) -> Callable[..., Any]:
+            if name in self._entries:
+                raise RuntimeError(f"{self.kind} {name!r} is registered twice: rename one of them")
+            summary = (function.__doc__ or "").strip().splitlines()[0] if function.__doc__ else ""
+            self._entries[name] = self._entry_type(name=name, function=function, summary=summary, **facts)
+            return function
+
+        return add
+
+    def get(self, name: str) -> E:
+        """The entry of that name.
+
+        Raises:
+            UsageError: no such entry; the message gives the nearest names.
+        """
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise UsageError(f"unknown {self.kind} {name!r}: {nearest(name, self._entries)}") from None
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        return sorted(self._entries)
+
+    def __iter__(self) -> Iterator[E]:
+        return iter(self._entries[name] for name in self.names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+
+methods: Registry[MethodEntry] = Registry("method", MethodEntry)
+metrics: Registry[MetricEntry] = Registry("metric", MetricEntry)
+parsers: Registry[ParserEntry] = Registry("parser", ParserEntry)
+extractors: Registry[ExtractorEntry] = Registry("extractor", ExtractorEntry)
+
+
+def build_options(entry: Entry, values: Mapping[str, Any]) -> Any:
+    """An entry's options object from plain values.
+
+    Raises:
+        UsageError: a key that the entry does not take.
+    """
+    known = [option.name for option in dataclasses.fields(entry.options)]
+    for key in values:
+        if key not in known:
+            raise UsageError(
+                f"{entry.name!r} has no option {key!r}: "
+                + (nearest(key, known) if known else "it takes no options")
+            )
+    return entry.options(**values)
+
+
+def variant_id(name: str, options: Any) -> str:
+    """The id under which results are stored: the name, and in brackets every option off its default.
+
+    ``kl_hessian`` with epsilon 0.3 is ``kl_hessian[epsilon=0.3]``.
+    """
+    changed = [
+        f"{option.name}={_spell(getattr(options, option.name))}"
+        for option in dataclasses.fields(options)
+        if getattr(options, option.name) != _default(option)
+    ]
+    return f"{name}[{','.join(changed)}]" if changed else name
+
+
+def _default(option: dataclasses.Field[Any]) -> Any:
+    if option.default_factory is not dataclasses.MISSING:
+        return option.default_factory()
+    return option.default
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "+".join(_spell(one) for one in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
