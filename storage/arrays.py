@@ -108,6 +108,11 @@ def read_rows(path: Path, start: int, stop: int) -> np.ndarray:
     return np.asarray(zarr.open_array(path, mode="r")[start:stop])
 
 
+def read_attributes(path: Path) -> dict[str, Any]:
+    """The array's user attributes."""
+    return dict(json.loads((path / "zarr.json").read_bytes())["attributes"])
+
+
 def _inner_rows(shard_rows: int) -> int:
     """The inner chunk: 8 rows, or the largest number up to 8 that divides the shard."""
     return next(rows for rows in range(min(INNER_CHUNK, shard_rows), 0, -1) if shard_rows % rows == 0)

@@ -67,6 +67,10 @@ class Store:
         place = record.facts["arrays"][name]
         return arrays.read_rows(self.root / place["path"], place["start"], place["stop"])
 
+    def array_attributes(self, record: CommitRecord, name: str) -> dict[str, Any]:
+        """The attributes of an array that a record wrote into."""
+        return arrays.read_attributes(self.root / record.facts["arrays"][name]["path"])
+
     def read_table(self, record: CommitRecord, name: str) -> pa.Table:
         """The rows of a table that a record committed; empty when it wrote none."""
         path = record.facts.get("tables", {}).get(name)

@@ -44,9 +44,9 @@ class Classifier:
 
         self.module = module.eval().requires_grad_(False)
         self.spec = spec
-        self.data_config: dict[str, Any] = resolve_data_config(args=dict(spec.transform), model=module)
-        if "input_size" in spec.transform:
-            self.data_config["input_size"] = tuple(spec.transform["input_size"])
+        transform = {"input_size": _built_size(module), **spec.transform}
+        transform = {name: value for name, value in transform.items() if value is not None}
+        self.data_config: dict[str, Any] = resolve_data_config(args=transform, model=module)
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.module(images)
@@ -251,6 +251,12 @@ def _imagenet_names(module: nn.Module) -> tuple[str, ...] | None:
         return None
     info = ImageNetInfo(subset)
     return tuple(info.index_to_description(index) for index in range(info.num_classes()))
+
+
+def _built_size(module: nn.Module) -> tuple[int, int, int] | None:
+    """The input size that a model was built for, where it is fixed; timm's data config does not know it."""
+    size = getattr(getattr(module, "patch_embed", None), "img_size", None)
+    return None if size is None else (3, *size)
 
 
 def _outer_layers(module: nn.Module, name: str, known: list[str]) -> list[str]:

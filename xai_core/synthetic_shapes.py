@@ -121,9 +121,9 @@ def _legs() -> Shape:
 
 def _rocker() -> Shape:
     arc = [(x, 0.4 - 0.5 * x * x) for x in np.linspace(-0.72, 0.72, 13).tolist()]
-    struts = (((-0.28, -0.02), (-0.16, -0.02), (-0.3, 0.36), (-0.44, 0.3)),)
-    struts += (((0.28, -0.02), (0.16, -0.02), (0.3, 0.36), (0.44, 0.3)),)
-    return Shape((*_ribbon(arc, 0.15), *struts))
+    rear = ((-0.28, -0.02), (-0.16, -0.02), (-0.3, 0.36), (-0.44, 0.3))
+    front = ((0.28, -0.02), (0.16, -0.02), (0.3, 0.36), (0.44, 0.3))
+    return Shape((*_ribbon(arc, 0.15), rear, front))
 
 
 def _curly_tail() -> Shape:

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
+from xai_core.parts.labels import NO_PART
 from xai_core.registry import MethodEntry, build_options, methods
-
-NO_PART = 255
 
 
 @dataclass(frozen=True)

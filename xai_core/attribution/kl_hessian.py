@@ -17,9 +17,10 @@ from torch import Tensor
 
 from xai_core.attention import explicit_attention
 from xai_core.attribution.gradients import input_gradient
-from xai_core.attribution.interface import NO_PART, PartScores
+from xai_core.attribution.interface import PartScores
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
+from xai_core.parts.labels import NO_PART
 from xai_core.registry import methods
 
 # The paper writes one epsilon for the probe's length (eq. 6) and for the guard of the divisions (eq. 1, 3,

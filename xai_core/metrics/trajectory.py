@@ -15,8 +15,7 @@ from torch import Tensor
 
 from xai_core.metrics.baselines import Baseline, make_baseline
 from xai_core.models import Classifier
-
-NO_PART = 255
+from xai_core.parts.labels import NO_PART
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,213 @@
+"""What a study is: frozen models of its config. Unknown keys are refused; every default is written here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+import xai_core.attribution
+import xai_core.concepts
+import xai_core.metrics
+import xai_core.parts
+from xai_core.errors import UsageError
+from xai_core.models import ModelSpec
+from xai_core.precision import Precision
+from xai_core.registry import Registry, extractors, methods, metrics, parsers, variant_id
+
+
+class Frozen(BaseModel):
+    """A config section: immutable, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Choice(Frozen):
+    """A registered thing with all its options spelled out, and the id under which its results stand."""
+
+    name: str
+    options: Mapping[str, Any]
+    id: str
+
+
+def _choose(registry: Registry[Any]) -> Callable[[Any], Choice]:
+    def choose(value: Any) -> Choice:
+        if isinstance(value, Choice):
+            return value
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping) or "name" not in value:
+            raise ValueError(f"expected a {registry.kind}'s name, or a mapping with 'name' and its options")
+        if set(value) == {"name", "options", "id"}:
+            return Choice(**value)
+        entry = registry.get(value["name"])
+        given = {key: option for key, option in value.items() if key != "name"}
+        checked = _check_options(entry.options, given)
+        return Choice(name=entry.name, options=asdict(checked), id=variant_id(entry.name, checked))
+
+    return choose
+
+
+def _check_options(options: type, given: Mapping[str, Any]) -> Any:
+    """The options object from a config's values, types checked; errors name the option."""
+    strict = pydantic_dataclass(options, frozen=True, config=ConfigDict(extra="forbid"))
+    try:
+        checked = TypeAdapter(strict).validate_python(dict(given))
+    except ValidationError as error:
+        details = [(".".join(map(str, one["loc"])), one) for one in error.errors()]
+        raise ValueError(
+            "; ".join(
+                f"option {where or '?'}: {one['msg']}, got {one['input']!r}"
+                if one["type"] != "unexpected_keyword_argument"
+                else f"no option {where!r}; it takes {', '.join(options.__dataclass_fields__) or 'none'}"
+                for where, one in details
+            )
+        ) from None
+    return options(**{name: getattr(checked, name) for name in options.__dataclass_fields__})
+
+
+def options_of(registry: Registry[Any], choice: Choice) -> Any:
+    """The options object of a choice."""
+    return registry.get(choice.name).options(**{k: _tuples(v) for k, v in choice.options.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+MethodChoice = Annotated[Choice, BeforeValidator(_choose(methods))]
+MetricChoice = Annotated[Choice, BeforeValidator(_choose(metrics))]
+ParserChoice = Annotated[Choice, BeforeValidator(_choose(parsers))]
+ExtractorChoice = Annotated[Choice, BeforeValidator(_choose(extractors))]
+
+
+class DatasetConfig(Frozen):
+    """Where images come from and in which order they are taken.
+
+    ``classes`` is a CSV (index, folder, name) for folders that are a subset of the model's classes;
+    ``masks`` is a folder that mirrors the images, for the parser ``masks``; ``order_seed`` null keeps the
+    source's own order; ``images`` and ``seed`` are the demo's.
+    """
+
+    kind: Literal["folder", "parquet", "demo"] = "demo"
+    path: str | None = None
+    classes: str | None = None
+    masks: str | None = None
+    order_seed: int | None = 0
+    limit: int | None = Field(default=None, ge=1)
+    images: int = Field(default=64, ge=1)
+    seed: int = 1
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> DatasetConfig:
+        if self.kind != "demo" and self.path is None:
+            raise ValueError(f"kind {self.kind!r} needs a path: set dataset.path")
+        if self.kind == "demo" and (self.path or self.classes or self.masks):
+            raise ValueError("kind 'demo' draws its own images: remove path, classes and masks, or change kind")
+        if self.kind == "parquet" and (self.classes or self.masks):
+            raise ValueError("kind 'parquet' reads neither classes nor masks: remove them, or use kind: folder")
+        return self
+
+
+class ModelConfig(Frozen):
+    """A timm model, its weights and what differs from its own preprocessing."""
+
+    name: str = "vitrine_demo_vit"
+    pretrained: bool = True
+    checkpoint: str | None = None
+    create_args: Mapping[str, Any] = {}
+    transform: Mapping[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    def spec(self) -> ModelSpec:
+        """The same as xai_core takes it."""
+        return ModelSpec(
+            self.name, self.pretrained, self.checkpoint, dict(self.create_args), dict(self.transform)
+        )
+
+
+class PartsConfig(Frozen):
+    """How images are cut into parts; ``backbone`` gives the tokens instead of the classifier."""
+
+    parser: ParserChoice = Field(default="tokens", validate_default=True)  # type: ignore[assignment]
+    k: int = Field(default=12, ge=1, le=254)
+    backbone: ModelConfig | None = None
+    min_area: float = Field(default=0.005, ge=0, lt=1)
+
+
+class ConceptsConfig(Frozen):
+    """Which layers' pointwise feature vectors are sampled and which dictionaries are fitted to them.
+
+    ``atoms`` null means 8 per channel, capped by the sample.
+    """
+
+    layers: tuple[str, ...] = ()
+    per_image: int = Field(default=1, ge=1)
+    extractors: tuple[ExtractorChoice, ...] = Field(default=("bisecting_kmeans", "sae"), validate_default=True)  # type: ignore[assignment]
+    atoms: int | None = Field(default=None, ge=1)
+
+
+class RunConfig(Frozen):
+    """Sizes, seed, device and arithmetic. ``batch_size`` and ``device`` never change what is stored."""
+
+    shard_size: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Precision = "fp32"
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+
+
+class ComputeConfig(Frozen):
+    """Dask workers: null starts one per GPU, or one per core up to four; or the address of a scheduler."""
+
+    workers: int | None = Field(default=None, ge=1)
+    scheduler: str | None = None
+    memory_limit: str | None = None
+
+
+class StudyConfig(Frozen):
+    """One study: a model, a data set, methods, metrics and concepts."""
+
+    name: str = "demo"
+    dataset: DatasetConfig = DatasetConfig()
+    model: ModelConfig = ModelConfig()
+    target: Literal["top1", "label"] = "top1"
+    parts: PartsConfig = Field(default_factory=PartsConfig)
+    methods: tuple[MethodChoice, ...] = Field(
+        default=("grad_cam", "integrated_gradients", "kl_hessian"),  # type: ignore[assignment]
+        validate_default=True,
+    )
+    metrics: tuple[MetricChoice, ...] = Field(
+        default=("insertion", "deletion", "aopc", "p_insertion", "p_deletion", "p_aopc"),  # type: ignore[assignment]
+        validate_default=True,
+    )
+    concepts: ConceptsConfig = Field(default_factory=ConceptsConfig)
+    run: RunConfig = RunConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> StudyConfig:
+        for name, chosen in (("methods", self.methods), ("metrics", self.metrics)):
+            ids = [choice.id for choice in chosen]
+            twice = sorted({one for one in ids if ids.count(one) > 1})
+            if twice:
+                raise ValueError(f"{name}: {', '.join(twice)} named more than once; keep one")
+        if self.parts.parser.name == "masks" and self.dataset.masks is None:
+            raise ValueError("parts.parser: 'masks' reads files: set dataset.masks to their folder")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The config without what cannot change a result: how and where it is computed."""
+        document = self.model_dump(mode="json", exclude={"compute": True, "run": {"batch_size", "device"}})
+        return document
+
+
+__all__ = ["Choice", "StudyConfig", "UsageError", "options_of"]

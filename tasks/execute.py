@@ -1,0 +1,116 @@
+"""Doing one unit of work: whole or not at all, wherever it is sent."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+
+from storage.commits import Unit
+from storage.schema import rows_to_table
+from storage.store import open_store
+from tasks.pipeline import STAGES
+from tasks.stage import Context, Outcome, Work
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What comes back from a unit: small, since everything else is in the store.
+
+    ``executed`` is false where the unit had been committed in the meantime.
+    """
+
+    unit: Unit
+    images: int
+    ok: int
+    quarantined: int
+    seconds: float
+    executed: bool = True
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A unit that could not be done, and why."""
+
+    unit: Unit
+    error: str
+
+
+def execute(work: Work, device: str = "cpu") -> Receipt:
+    """Runs a unit's shard function and commits what it wrote, with its quarantined images and its timing."""
+    store = open_store(work.store)
+    done = store.done(work.unit, work.key)
+    if done is not None:
+        return Receipt(work.unit, done.facts["images"], done.facts["ok"], done.facts["quarantined"], 0.0, False)
+    started = time.perf_counter()
+    commit = store.begin(work.unit, work.key, work.ingredients)
+    context = Context(work, store, commit, resolve_device(device))
+    outcome = STAGES[work.unit.stage].run(context)
+    _write_quarantine(context, outcome)
+    seconds = time.perf_counter() - started
+    _write_timing(context, outcome, seconds)
+    commit.finish(
+        {
+            **outcome.facts,
+            "images": outcome.images,
+            "ok": outcome.ok,
+            "quarantined": len(outcome.bad),
+            "seconds": seconds,
+        }
+    )
+    return Receipt(work.unit, outcome.images, outcome.ok, len(outcome.bad), seconds)
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` is the GPU where there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _write_quarantine(context: Context, outcome: Outcome) -> None:
+    unit = context.work.unit
+    bad = outcome.bad
+    context.commit.table(
+        "quarantine",
+        rows_to_table(
+            "quarantine",
+            {
+                "image_id": [one.image_id for one in bad],
+                "path": [one.path for one in bad],
+                "stage": [unit.stage] * len(bad),
+                "method": [unit.variant] * len(bad),
+                "error": [one.error for one in bad],
+                "message": [one.message for one in bad],
+                "attempt": [1] * len(bad),
+            },
+        ),
+    )
+
+
+def _write_timing(context: Context, outcome: Outcome, seconds: float) -> None:
+    unit = context.work.unit
+    context.commit.table(
+        "timings",
+        rows_to_table(
+            "timings",
+            {
+                "stage": [unit.stage],
+                "method": [unit.variant],
+                "shard": [unit.shard],
+                "images": [outcome.images],
+                "seconds": [seconds],
+                "device": [context.device],
+                "peak_bytes": [_peak_bytes(context.device)],
+            },
+        ),
+    )
+
+
+def _peak_bytes(device: str) -> int:
+    """The most memory this process has held: on the GPU if it works there, else resident."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

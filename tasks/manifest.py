@@ -1,0 +1,56 @@
+"""manifest: which images there are. Reads every image once: digest, size, and whether it can be read at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from storage.canonical import digest_bytes, digest_json
+from storage.errors import SourceError
+from storage.listing import Listing
+from storage.schema import rows_to_table
+from storage.sources import ImageSource, decode_image
+from tasks.sources import open_source
+from tasks.stage import Bad, Context, Outcome, Stage
+
+COLUMNS = ("image_id", "path", "sha256", "width", "height", "label", "label_name")
+
+
+def run(context: Context) -> Outcome:
+    """Rows of the table ``manifest`` for one shard of the listing; what cannot be decoded is set aside."""
+    source = open_source(context.config.dataset)
+    listed = Listing(context.listing_path, "", 0).slice(context.work.start, context.work.stop)
+    rows, bad = [], []
+    for item in listed:
+        try:
+            rows.append(_describe(source, item))
+        except (OSError, SourceError) as error:
+            bad.append(Bad(item["image_id"], item["reference"], type(error).__name__, str(error)))
+    columns = {name: [row[name] for row in rows] for name in COLUMNS}
+    context.commit.table("manifest", rows_to_table("manifest", columns))
+    # Later stages depend on what the images are, not on when their files were touched.
+    content = digest_json([[row[name] for name in COLUMNS] for row in rows])
+    return Outcome(len(listed), len(rows), tuple(bad), {"content": content})
+
+
+def _describe(source: ImageSource, item: dict[str, Any]) -> dict[str, Any]:
+    content = source.read(item["reference"])
+    width, height = decode_image(content).size
+    return {
+        "image_id": item["image_id"],
+        "path": item["reference"],
+        "sha256": digest_bytes(content),
+        "width": width,
+        "height": height,
+        "label": item["label"],
+        "label_name": item["label_name"],
+    }
+
+
+STAGE = Stage(
+    name="manifest",
+    version=1,
+    run=run,
+    reads=lambda study, variant: {},
+    reads_model=False,
+    summary="lists, hashes and measures the images",
+)

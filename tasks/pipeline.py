@@ -1,0 +1,11 @@
+"""The stages in the order in which a study runs them."""
+
+from __future__ import annotations
+
+from tasks import attribute, dictionary, manifest, metrics, parts, pfv, predict, report
+from tasks.stage import Stage
+
+STAGES: dict[str, Stage] = {
+    module.STAGE.name: module.STAGE
+    for module in (manifest, predict, parts, pfv, dictionary, attribute, metrics, report)
+}

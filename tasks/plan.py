@@ -1,0 +1,174 @@
+"""The plan: every unit of a study with its key, and the reason why it would run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from storage.canonical import digest_json
+from storage.commits import Unit, differences, key_of
+from storage.store import series_of
+from tasks.pipeline import STAGES
+from tasks.stage import Stage, Work
+from tasks.study import Shard, Study
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A unit of a study. ``work`` is None while its key cannot be known yet (its manifest has to run first).
+
+    ``reason`` is None where the unit is done: else ``missing``, ``code``, ``config``, ``upstream`` or
+    ``corrupt``, and ``detail`` says which ingredient or file.
+    """
+
+    unit: Unit
+    work: Work | None
+    reason: str | None
+    detail: str = ""
+
+
+# Which entry of the ingredients a change in means what, in the order in which it is told.
+REASONS = (
+    ("version", "code"),
+    ("config", "config"),
+    ("model", "config"),
+    ("upstream", "upstream"),
+    ("images", "upstream"),
+)
+
+
+class Planner:
+    """Plans the stages of a study one by one; each stage's keys rest on those of the stages before."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self._keys: dict[Unit, str | None] = {}
+        self._series: dict[tuple[str, str], str] = {}
+
+    def all(self) -> list[Planned]:
+        """The whole study, stage by stage."""
+        return [planned for stage in STAGES.values() for planned in self.stage(stage)]
+
+    def stage(self, stage: Stage) -> list[Planned]:
+        """All units of one stage; the stages that it reads must have been planned before."""
+        planned = [
+            self._plan_unit(stage, variant, shard)
+            # By shard first: a worker then finds the pictures of a shard still in memory for the next method.
+            for shard in (self.study.shards if stage.sharded else (None,))
+            for variant in stage.variants(self.study)
+        ]
+        for one in planned:
+            self._keys[one.unit] = one.work.key if one.work else None
+        return planned
+
+    def _plan_unit(self, stage: Stage, variant: str, shard: Shard | None) -> Planned:
+        unit = Unit(stage.name, variant, shard.index if shard else 0)
+        upstream = self._upstream(stage, variant, shard)
+        images = self._images(stage, shard)
+        if images is None or any(key is None for key in upstream.values()):
+            return Planned(unit, None, "missing", "waits for the manifest")
+        known = {one: key for one, key in upstream.items() if key is not None}
+        ingredients = {
+            "stage": stage.name,
+            "version": stage.version,
+            "variant": variant,
+            "config": stage.reads(self.study, variant),
+            "model": self.study.model if stage.reads_model else None,
+            "upstream": _upstream_ingredient(known, whole=shard is None),
+            "images": images,
+        }
+        work = self._work(stage, unit, shard, ingredients, known)
+        return Planned(unit, work, *self._reason(unit, work.key, ingredients))
+
+    def _upstream(self, stage: Stage, variant: str, shard: Shard | None) -> dict[Unit, str | None]:
+        wanted = set(stage.upstream(self.study, variant))
+        if shard is not None:
+            units = [Unit(name, other, shard.index) for name, other in stage.upstream(self.study, variant)]
+            return {unit: self._keys[unit] for unit in units}
+        return {unit: key for unit, key in self._keys.items() if (unit.stage, unit.variant) in wanted}
+
+    def _images(self, stage: Stage, shard: Shard | None) -> str | None:
+        """What a unit's images are: the listing's rows for the manifest, their content for all that follows."""
+        if shard is None:
+            return ""
+        if stage.name == "manifest":
+            return shard.digest
+        unit = Unit("manifest", "", shard.index)
+        key = self._keys[unit]
+        record = self.study.store.commits.read(unit, key) if key else None
+        return str(record.facts["content"]) if record else None
+
+    def _work(
+        self,
+        stage: Stage,
+        unit: Unit,
+        shard: Shard | None,
+        ingredients: Mapping[str, Any],
+        upstream: Mapping[Unit, str],
+    ) -> Work:
+        place = shard or Shard(0, 0, self.study.images, "")
+        first_row, rows, shard_rows = self.study.array_rows(place) if shard else (0, 0, 0)
+        return Work(
+            unit=unit,
+            key=key_of(ingredients),
+            ingredients=ingredients,
+            series=self._series_of(stage, unit.variant, place if shard and self.study.is_cut(place) else None),
+            start=place.start,
+            stop=place.stop,
+            first_row=first_row,
+            rows=rows,
+            shard_rows=shard_rows,
+            config=self.study.config,
+            store=str(self.study.store.root),
+            listing=str(self.study.listing.path),
+            facts={**self.study.facts, "run_id": self.study.run_id},
+            upstream=upstream,
+        )
+
+    def _series_of(self, stage: Stage, variant: str, cut: Shard | None) -> str:
+        """What an array's shards have in common: all that goes into their keys but the shard itself."""
+        if (stage.name, variant) not in self._series:
+            self._series[stage.name, variant] = series_of(
+                stage.name,
+                stage.version,
+                variant,
+                stage.reads(self.study, variant),
+                self.study.model if stage.reads_model else None,
+                [
+                    self._series_of(STAGES[name], other, None)
+                    for name, other in stage.upstream(self.study, variant)
+                    if stage.sharded
+                ],
+                self.study.listing.digest,
+                self.study.config.run.shard_size,
+            )
+        whole = self._series[stage.name, variant]
+        return whole if cut is None else series_of(whole, cut.index, cut.stop)
+
+    def _reason(self, unit: Unit, key: str, ingredients: Mapping[str, Any]) -> tuple[str | None, str]:
+        record = self.study.store.commits.read(unit, key)
+        if record is not None:
+            damage = self.study.store.damage(record)
+            return ("corrupt", "; ".join(damage)) if damage else (None, "")
+        older = self.study.store.commits.of_unit(unit)
+        return why(older[-1].ingredients, ingredients) if older else ("missing", "")
+
+
+def why(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:
+    """The reason for a rerun, from the ingredients of the last commit and of the one to come."""
+    for entry, reason in REASONS:
+        if old.get(entry) != new.get(entry):
+            return reason, "; ".join(differences({entry: old.get(entry)}, {entry: new.get(entry)}))
+    return "missing", ""
+
+
+def _upstream_ingredient(keys: Mapping[Unit, str], *, whole: bool) -> dict[str, str]:
+    """Upstream keys by unit; a unit over all shards takes one digest of them instead of thousands."""
+    named = {str(unit): key for unit, key in sorted(keys.items())}
+    return {"all": digest_json(named)} if whole else named
+
+
+def to_run(planned: Iterable[Planned]) -> list[Work]:
+    """The works of all planned units that are not done."""
+    return [one.work for one in planned if one.reason is not None and one.work is not None]

@@ -1,0 +1,105 @@
+"""predict: what the model says of every image, and the target class that all explanations are about."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from storage.schema import rows_to_table
+from tasks.stage import Context, Outcome, Stage
+from tasks.worker import load_pictures, study_classifier
+from xai_core.models import Classifier
+from xai_core.precision import precision_context
+
+TOP = 5
+
+
+def run(context: Context) -> Outcome:
+    """Rows of ``predictions`` (top 5) and ``targets`` for one shard."""
+    pictures = load_pictures(context)
+    model = study_classifier(context)
+    logits = predict_logits(context, model, pictures.inputs)
+    labels = _labels(context, pictures.image_ids)
+    top1 = logits.argmax(dim=1).cpu().numpy() if len(logits) else np.zeros(0, np.int64)
+    targets = labels if context.config.target == "label" else top1
+    names = class_names(context, model)
+    context.commit.table("predictions", _prediction_rows(pictures.image_ids, logits, names))
+    context.commit.table(
+        "targets",
+        rows_to_table(
+            "targets",
+            {
+                "image_id": pictures.image_ids,
+                "target": targets,
+                "target_name": [names[target] for target in targets],
+                "correct": _correct(context, top1, labels),
+            },
+        ),
+    )
+    correct = int((top1 == labels).sum()) if context.work.facts["labels_are_classes"] else None
+    return Outcome(len(pictures) + len(pictures.bad), len(pictures), pictures.bad, {"correct": correct})
+
+
+def predict_logits(context: Context, model: Classifier, inputs: torch.Tensor) -> torch.Tensor:
+    """Logits ``[n, C]`` of all pictures of a shard, batch by batch."""
+    with torch.no_grad(), precision_context(context.config.run.precision, context.device):
+        batches = [model(some).float() for some in inputs.split(context.config.run.batch_size)]
+    return torch.cat(batches) if batches else torch.zeros(0, model.num_classes)
+
+
+def class_names(context: Context, model: Classifier) -> tuple[str, ...]:
+    """Readable names of the model's classes: timm's, else the data set's, else their numbers."""
+    from tasks.sources import open_source
+
+    names = model.class_names
+    if names is None and context.work.facts["labels_are_classes"]:
+        names = open_source(context.config.dataset).class_names
+    if names is None or len(names) < model.num_classes:
+        return tuple(str(index) for index in range(model.num_classes))
+    return names
+
+
+def _labels(context: Context, image_ids: np.ndarray) -> np.ndarray:
+    """The pictures' labels by manifest; -1 where there is none."""
+    manifest = context.store.read_table(context.record("manifest"), "manifest")
+    label_of = dict(zip(manifest["image_id"].to_pylist(), manifest["label"].to_pylist(), strict=True))
+    labels = [label_of[image_id] for image_id in image_ids.tolist()]
+    return np.array([-1 if label is None else label for label in labels], np.int64)
+
+
+def _correct(context: Context, top1: np.ndarray, labels: np.ndarray) -> list[bool | None]:
+    if not context.work.facts["labels_are_classes"]:
+        return [None] * len(top1)
+    return [bool(one) for one in top1 == labels]
+
+
+def _prediction_rows(image_ids: np.ndarray, logits: torch.Tensor, names: tuple[str, ...]):  # type: ignore[no-untyped-def]
+    count = min(TOP, logits.shape[1])
+    values, classes = logits.topk(count, dim=1)
+    probabilities = logits.softmax(dim=1).gather(1, classes)
+    chosen = classes.flatten().tolist()
+    return rows_to_table(
+        "predictions",
+        {
+            "image_id": np.repeat(image_ids, count),
+            "rank": np.tile(np.arange(1, count + 1), len(image_ids)),
+            "class_id": chosen,
+            "class_name": [names[one] for one in chosen],
+            "logit": values.flatten().cpu().numpy(),
+            "prob": probabilities.flatten().cpu().numpy(),
+        },
+    )
+
+
+STAGE = Stage(
+    name="predict",
+    version=1,
+    run=run,
+    reads=lambda study, variant: {
+        "target": study.config.target,
+        "labels_are_classes": study.labels_are_classes,
+        "precision": study.config.run.precision,
+    },
+    upstream=lambda study, variant: (("manifest", ""),),
+    summary="top-5 classes and the target",
+)

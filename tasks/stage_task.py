@@ -1,0 +1,145 @@
+"""The Prefect task of a stage: plans its shards, hands them to an executor, and keeps the books."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from storage.commits import Unit
+from tasks.execute import Failure, Receipt
+from storage.store import Store
+from tasks.plan import Planned, Planner, to_run
+from tasks.stage import Stage, Work
+
+
+class Executor(Protocol):
+    """Runs works in any order and yields a receipt or a failure for each as it ends."""
+
+    def run(self, works: list[Work]) -> Iterator[Receipt | Failure]:
+        """Runs all works."""
+
+
+class Progress(Protocol):
+    """Is told how a stage goes."""
+
+    def begin(self, stage: str, units: int, images: int) -> None:
+        """A stage starts with so many units to run."""
+
+    def advance(self, receipt: Receipt) -> None:
+        """One unit was committed."""
+
+    def end(self, stage: str, executed: int, reused: int) -> None:
+        """A stage is over."""
+
+
+class StageError(RuntimeError):
+    """A stage ended with units that could not be done."""
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """What a stage did: units executed and reused, images treated and set aside, seconds in shard functions."""
+
+    stage: str
+    executed: int
+    reused: int
+    images: int
+    quarantined: int
+    seconds: float
+
+
+def run_stage(
+    stage: Stage,
+    planner: Planner,
+    executor: Executor,
+    progress: Progress,
+    note_keys: Callable[[dict[Unit, str]], None],
+) -> StageSummary:
+    """Runs what is not done of a stage; units that fail do not keep the others from being committed.
+
+    Raises:
+        StageError: some unit failed, or more images were set aside than ``run.max_bad_fraction`` allows.
+    """
+    planned = planner.stage(stage)
+    note_keys({one.unit: one.work.key for one in planned if one.work is not None})
+    works = to_run(planned)
+    progress.begin(stage.name, len(works), sum(work.stop - work.start for work in works))
+    receipts, failures = _collect(executor, works, progress)
+    if failures:
+        raise StageError(_describe(stage, failures, len(works)))
+    reused = len(planned) - len(works)
+    progress.end(stage.name, len(receipts), reused)
+    summary = _summary(stage, planner, planned, receipts, reused)
+    _check_budget(planner, summary)
+    return summary
+
+
+def _collect(
+    executor: Executor, works: list[Work], progress: Progress
+) -> tuple[list[Receipt], list[Failure]]:
+    receipts, failures = [], []
+    for result in executor.run(works) if works else ():
+        if isinstance(result, Failure):
+            failures.append(result)
+        else:
+            receipts.append(result)
+            progress.advance(result)
+    return receipts, failures
+
+
+def _describe(stage: Stage, failures: list[Failure], works: int) -> str:
+    first = failures[0]
+    return (
+        f"stage {stage.name}: {len(failures)} of {works} units failed; the first, {first.unit}: {first.error}"
+    )
+
+
+def _summary(
+    stage: Stage, planner: Planner, planned: list[Planned], receipts: list[Receipt], reused: int
+) -> StageSummary:
+    executed = [receipt for receipt in receipts if receipt.executed]
+    return StageSummary(
+        stage.name,
+        len(executed),
+        reused + len(receipts) - len(executed),
+        sum(receipt.images for receipt in receipts),
+        _quarantined(planner.study.store, planned),
+        sum(receipt.seconds for receipt in receipts),
+    )
+
+
+def _quarantined(store: Store, planned: list[Planned]) -> int:
+    """Images set aside by a stage, its reused units included: distinct ones, over all variants."""
+    bad: set[int] = set()
+    for one in planned:
+        record = store.commits.read(one.unit, one.work.key) if one.work else None
+        if record is not None and record.facts["quarantined"]:
+            bad.update(store.read_table(record, "quarantine")["image_id"].to_pylist())
+    return len(bad)
+
+
+def _check_budget(planner: Planner, summary: StageSummary) -> None:
+    study = planner.study
+    allowed = study.config.run.max_bad_fraction
+    if summary.quarantined > allowed * study.images:
+        raise StageError(
+            f"stage {summary.stage}: {summary.quarantined} of {study.images} images were quarantined, more than "
+            f"run.max_bad_fraction = {allowed} allows; see `vitrine sql \"select path, message from quarantine\"`, "
+            "mend or remove them, or raise the budget"
+        )
+
+
+def stage_task(stage: Stage) -> Any:
+    """The stage as a Prefect task of its own name; Prefect caches nothing, since truth is in the store."""
+    from prefect import task
+    from prefect.cache_policies import NO_CACHE
+
+    return task(
+        run_stage,
+        name=stage.name,
+        description=stage.summary,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=0,
+    )
