@@ -67,8 +67,8 @@ def query(store: Store, text: str, *, timeout: float = 60.0, **limits: Any) -> p
     timer = threading.Timer(timeout, connection.interrupt)
     timer.start()
     try:
-        result = connection.execute(text)
-        return result.to_arrow_table() if result.description else pa.table({})
+        result = connection.sql(text)
+        return pa.table({}) if result is None else result.to_arrow_table()
     except duckdb.InterruptException:
         raise QueryError(f"the query ran past {timeout:g} s and was stopped; narrow it or raise --timeout") from None
     except duckdb.Error as error:

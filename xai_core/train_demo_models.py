@@ -47,7 +47,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "vitrine_demo_resnet": Recipe(steps=800, learning_rate=3e-3),
-    "vitrine_demo_vit": Recipe(steps=2400, learning_rate=1e-3),
+    "vitrine_demo_vit": Recipe(steps=6000, learning_rate=1e-3),
 }
 
 

@@ -1,0 +1,1 @@
+"""Orchestration: config files, the command line, Prefect flows, the Dask cluster and progress. Thin."""

@@ -1,0 +1,46 @@
+"""What can be named in a config, as rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import xai_core.attribution
+import xai_core.concepts
+import xai_core.metrics
+import xai_core.parts  # noqa: F401  (importing registers)
+from xai_core.registry import Entry, Registry, extractors, methods, metrics, parsers
+
+REGISTRIES: dict[str, Registry[Any]] = {
+    "methods": methods,
+    "metrics": metrics,
+    "parts": parsers,
+    "extractors": extractors,
+}
+HIDDEN = ("function", "trajectories", "options")
+
+
+def catalogue(kind: str, pattern: str | None = None) -> list[dict[str, Any]]:
+    """All entries of a kind as plain dicts; ``pattern`` keeps names that match (``*`` for any text)."""
+    from fnmatch import fnmatch
+
+    if kind == "models":
+        import timm
+
+        import xai_core.demo_models  # noqa: F401  (importing registers the packaged models)
+
+        return [{"name": name} for name in timm.list_models(pattern or "")]
+    entries = [_describe(entry) for entry in REGISTRIES[kind]]
+    return [entry for entry in entries if pattern is None or fnmatch(entry["name"], pattern)]
+
+
+def _describe(entry: Entry) -> dict[str, Any]:
+    facts = {
+        field.name: getattr(entry, field.name)
+        for field in dataclasses.fields(entry)
+        if field.name not in HIDDEN
+    }
+    options = {field.name: field.default for field in dataclasses.fields(entry.options)}
+    if "families" in facts:
+        facts["families"] = ", ".join(facts["families"])
+    return {"name": facts.pop("name"), "options": options, **facts}

@@ -1,0 +1,199 @@
+"""The command line: ``vitrine run``, ``plan``, ``status``, ``verify``, ``sql``, ``report``, ``explain``, ``list``."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from flows import commands
+
+app = typer.Typer(
+    name="vitrine",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Explains vision classifiers at dataset scale: one config in, a leaderboard of methods and metrics out.",
+)
+
+Config = Annotated[Optional[Path], typer.Argument(help="A study's YAML; without one, the built-in demo.")]
+Store = Annotated[Path, typer.Option("--store", help="Folder that holds results.")]
+Overrides = Annotated[
+    Optional[list[str]], typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a config key (repeatable).")
+]
+Limit = Annotated[Optional[int], typer.Option("--limit", min=1, help="Take only the first N images.")]
+Run = Annotated[Optional[str], typer.Option("--run", help="A run's id; by default the one updated last.")]
+DEFAULT_STORE = Path("vitrine-store")
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    methods = "methods"
+    metrics = "metrics"
+    parts = "parts"
+    extractors = "extractors"
+    models = "models"
+
+
+class ListFormat(StrEnum):
+    """How a list is printed."""
+
+    table = "table"
+    json = "json"
+
+
+class RowFormat(StrEnum):
+    """How rows are printed."""
+
+    table = "table"
+    csv = "csv"
+    json = "json"
+    parquet = "parquet"
+
+
+@contextmanager
+def exit_codes(*, resumable: bool = False) -> Iterator[None]:
+    """Turns errors into exit codes: 2 for a request to mend, 1 for a failure, with the command that resumes."""
+    try:
+        yield
+    except commands.USAGE_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        print("stopped; what was committed is kept", file=sys.stderr)
+        _print_resume(resumable)
+        raise typer.Exit(1) from None
+    except commands.RUN_ERRORS as error:
+        print(f"failed: {error}", file=sys.stderr)
+        _print_resume(resumable)
+        raise typer.Exit(1) from None
+    except typer.Exit:
+        raise
+    except Exception:
+        traceback.print_exc()
+        print("failed: the error above is a defect of vitrine; please report it", file=sys.stderr)
+        _print_resume(resumable)
+        raise typer.Exit(1) from None
+
+
+def _print_resume(resumable: bool) -> None:
+    if resumable:
+        print(f"resume with: {commands.resume_command()}", file=sys.stderr)
+
+
+@app.command(epilog="Examples:  vitrine run  |  vitrine run configs/imagenet-sample.yaml --limit 64  |  "
+             "vitrine run my.yaml --set 'methods=[grad_cam]' --set run.shard_size=32")
+def run(
+    config: Config = None, store: Store = DEFAULT_STORE, overrides: Overrides = None, limit: Limit = None
+) -> None:
+    """Run a study, or resume it: what is done is never done again."""
+    with exit_codes(resumable=True):
+        raise typer.Exit(commands.run(config, store, overrides or [], limit))
+
+
+@app.command(epilog="Example:  vitrine plan configs/imagenet-sample.yaml --limit 64")
+def plan(
+    config: Config = None, store: Store = DEFAULT_STORE, overrides: Overrides = None, limit: Limit = None
+) -> None:
+    """Show what would run and why: missing, code, config, upstream or corrupt."""
+    with exit_codes():
+        commands.plan(config, store, overrides or [], limit)
+
+
+@app.command(epilog="Example:  vitrine status --store vitrine-store")
+def status(store: Store = DEFAULT_STORE) -> None:
+    """Show the runs of a store and how far each stage is."""
+    with exit_codes():
+        commands.status(store)
+
+
+@app.command(epilog="Example:  vitrine verify --repair && vitrine run")
+def verify(
+    store: Store = DEFAULT_STORE,
+    repair: Annotated[bool, typer.Option("--repair", help="Drop the commits of damaged objects.")] = False,
+) -> None:
+    """Hash every committed object; --repair makes the next run redo the damaged ones."""
+    with exit_codes():
+        raise typer.Exit(commands.verify(store, repair))
+
+
+@app.command(epilog="Example:  vitrine sql \"select method, avg(value) from metrics where metric = 'deletion' "
+             'group by method" --format csv')
+def sql(
+    query: Annotated[Optional[str], typer.Argument(help="A SQL query in DuckDB's dialect.")] = None,
+    store: Store = DEFAULT_STORE,
+    rows: Annotated[RowFormat, typer.Option("--format", help="How rows are printed.")] = RowFormat.table,
+    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Write to a file instead.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds after which the query is stopped.")] = 60.0,
+    tables: Annotated[bool, typer.Option("--tables", help="List what can be queried.")] = False,
+) -> None:
+    """Ask a question of the results; queries can neither write nor reach outside the store."""
+    with exit_codes():
+        commands.sql(query, store, rows.value, output, timeout, tables)
+
+
+@app.command(epilog="Example:  vitrine report -o study.html")
+def report(
+    store: Store = DEFAULT_STORE,
+    run: Run = None,
+    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Copy the page to this file.")] = None,
+) -> None:
+    """Print where a run's report is, or copy it."""
+    with exit_codes():
+        commands.report(store, run, output)
+
+
+@app.command(epilog="Example:  vitrine explain cat.jpg --method grad_cam --method kl_hessian -o cat.png")
+def explain(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures to explain.")],
+    config: Annotated[Optional[Path], typer.Option("--config", help="Take the model and parts of a study.")] = None,
+    model: Annotated[Optional[str], typer.Option(help="A timm model, with its pretrained weights.")] = None,
+    checkpoint: Annotated[Optional[Path], typer.Option(help="Local .safetensors weights for the model.")] = None,
+    method: Annotated[Optional[list[str]], typer.Option("--method", help="A method (repeatable).")] = None,
+    target: Annotated[Optional[int], typer.Option(help="Class to explain; by default the model's first.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG to write.")] = Path("explanation.png"),
+    overrides: Overrides = None,
+) -> None:
+    """Explain single pictures: writes a PNG and prints the top classes and parts."""
+    with exit_codes():
+        commands.explain(images, config, model, checkpoint, method or [], target, output, overrides or [])
+
+
+@app.command("list", epilog="Example:  vitrine list methods --format json")
+def list_things(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    pattern: Annotated[Optional[str], typer.Argument(help="Only names that match, such as 'vit_*'.")] = None,
+    rows: Annotated[ListFormat, typer.Option("--format", help="How the list is printed.")] = ListFormat.table,
+) -> None:
+    """List methods, metrics, part parsers, dictionary extractors or models."""
+    with exit_codes():
+        commands.list_things(kind.value, pattern, rows.value)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(version("vitrine"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The ``vitrine`` command."""
+    app()

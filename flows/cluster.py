@@ -1,0 +1,143 @@
+"""Dask: a local cluster by default, or the one at an address. Shards go out, small receipts come back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from tasks.config import ComputeConfig
+from tasks.execute import Failure, Receipt, execute
+from tasks.stage import Work
+from xai_core.errors import UsageError
+
+MOST_LOCAL_WORKERS = 4
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What every worker is told: its device kind and how many threads its arithmetic may use."""
+
+    device: str
+    threads: int
+
+
+def run_on_worker(work: Work, placement: Placement) -> Receipt:
+    """Runs one unit inside a Dask worker, on the worker's own GPU where there are several."""
+    torch.set_num_threads(placement.threads)
+    return execute(work, _own_device(placement.device))
+
+
+def _own_device(device: str) -> str:
+    if device != "cuda" or torch.cuda.device_count() < 2:
+        return device
+    from distributed import get_worker
+
+    name = str(get_worker().name)
+    return f"cuda:{int(name) % torch.cuda.device_count()}" if name.isdigit() else device
+
+
+class DaskExecutor:
+    """Runs works on a Dask cluster; see ``tasks.stage_task.Executor``."""
+
+    def __init__(self, client: object, placement: Placement) -> None:
+        self._client = client
+        self._placement = placement
+
+    def run(self, works: list[Work]) -> Iterator[Receipt | Failure]:
+        """Submits all works and yields each result as it comes; futures are released at once."""
+        from distributed import as_completed
+
+        # Order by priority: Dask would otherwise be free to interleave the methods of many shards.
+        futures = {
+            self._client.submit(  # type: ignore[attr-defined]
+                run_on_worker,
+                work,
+                self._placement,
+                pure=False,
+                priority=-position,
+                resources={"GPU": 1} if self._placement.device == "cuda" else None,
+            ): work
+            for position, work in enumerate(works)
+        }
+        try:
+            for future in as_completed(list(futures), loop=self._client.loop):  # type: ignore[attr-defined]
+                work = futures.pop(future)
+                error = future.exception()
+                yield future.result() if error is None else Failure(work.unit, _one_line(error))
+                future.release()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+@contextmanager
+def executor(compute: ComputeConfig, device: str) -> Iterator[DaskExecutor]:
+    """A cluster for the block: the one at ``compute.scheduler``, or a local one that ends with it.
+
+    Raises:
+        UsageError: a scheduler that cannot be reached, or whose workers have no GPU where one is asked for.
+    """
+    from distributed import Client
+
+    if compute.scheduler is not None:
+        try:
+            client = Client(compute.scheduler, timeout="15s", set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"compute.scheduler: no Dask scheduler at {compute.scheduler}: {error}") from None
+        with client:
+            _refuse_missing_resources(client, device)
+            yield DaskExecutor(client, Placement(device, torch.get_num_threads()))
+        return
+    workers = local_workers(compute, device)
+    with _local_cluster(compute, device, workers) as cluster, Client(cluster, set_as_default=False) as client:
+        yield DaskExecutor(client, Placement(device, max(1, _cores() // workers)))
+
+
+def local_workers(compute: ComputeConfig, device: str) -> int:
+    """How many local workers: as configured, else one per GPU, else one per core up to four."""
+    if compute.workers is not None:
+        return compute.workers
+    return torch.cuda.device_count() if device == "cuda" else min(_cores(), MOST_LOCAL_WORKERS)
+
+
+def _local_cluster(compute: ComputeConfig, device: str, workers: int):  # type: ignore[no-untyped-def]
+    import dask
+    from distributed import LocalCluster
+
+    # A method that needs worker processes of its own (a DataLoader) fails inside daemonic ones.
+    dask.config.set({"distributed.worker.daemon": False, "distributed.admin.tick.limit": "60s"})
+    return LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        processes=True,
+        host="127.0.0.1",
+        dashboard_address=None,
+        memory_limit=compute.memory_limit or "auto",
+        resources={"GPU": 1} if device == "cuda" else None,
+        silence_logs="ERROR",
+    )
+
+
+def _refuse_missing_resources(client: object, device: str) -> None:
+    """Dask would wait for ever, without a word, for a resource that no worker has."""
+    workers = client.scheduler_info(n_workers=-1)["workers"]  # type: ignore[attr-defined]
+    if not workers:
+        raise UsageError("compute.scheduler: expected at least one worker, the scheduler has none")
+    if device == "cuda" and not any(worker["resources"].get("GPU") for worker in workers.values()):
+        raise UsageError(
+            "run.device: expected workers with a GPU, but none was started with --resources GPU=1; "
+            "start some, or set run.device to cpu"
+        )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

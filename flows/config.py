@@ -1,0 +1,126 @@
+"""Reading a study's config: YAML, overrides from the command line, and errors a person can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from tasks.config import StudyConfig
+from xai_core.errors import UsageError, nearest
+
+# Paths in a file are relative to the file, so that a config works from any folder.
+PATH_KEYS = (
+    ("dataset", "path"),
+    ("dataset", "classes"),
+    ("dataset", "masks"),
+    ("model", "checkpoint"),
+    ("parts", "backbone", "checkpoint"),
+)
+
+
+def load_config(path: Path | None, overrides: Iterable[str] = (), limit: int | None = None) -> StudyConfig:
+    """The study of a config file (none: the demo) with ``key.path=value`` overrides applied.
+
+    Raises:
+        UsageError: an unreadable file, or keys or values that are wrong; the message names each.
+    """
+    document: dict[str, Any] = {"name": "demo"} if path is None else _read(path)
+    for override in overrides:
+        _apply(document, override)
+    if limit is not None:
+        _put(document, ["dataset", "limit"], limit)
+    try:
+        return StudyConfig.model_validate(document)
+    except ValidationError as error:
+        raise UsageError("\n".join(_explain(one) for one in error.errors())) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"config: expected a YAML file, got no file at {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"config: {path} is not readable YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise UsageError(f"config: expected a mapping of keys in {path}, got {type(document).__name__}")
+    document.setdefault("name", path.stem)
+    for keys in PATH_KEYS:
+        _resolve(document, keys, path.resolve().parent)
+    return document
+
+
+def _resolve(document: Any, keys: tuple[str, ...], folder: Path) -> None:
+    for key in keys[:-1]:
+        document = document.get(key) if isinstance(document, Mapping) else None
+    if isinstance(document, MutableMapping) and isinstance(document.get(keys[-1]), str):
+        document[keys[-1]] = str((folder / document[keys[-1]]).resolve())
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UsageError(f"--set: expected key.path=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {key}: expected a YAML value, got {text!r}: {error}") from None
+    _put(document, key.split("."), value)
+
+
+def _put(document: Any, keys: list[str], value: Any) -> None:
+    for position, key in enumerate(keys[:-1]):
+        child = _child(document, key, keys[: position + 1])
+        if isinstance(child, str) and not isinstance(document, list):
+            # ``model: NAME`` is short for ``model: {name: NAME}``.
+            child = {"name": child}
+            document[key] = child
+        document = child
+    if isinstance(document, list):
+        document[_index(document, keys[-1], keys)] = value
+    elif isinstance(document, dict):
+        document[keys[-1]] = value
+    else:
+        raise UsageError(f"--set {'.'.join(keys)}: {'.'.join(keys[:-1])} holds {document!r}, not keys")
+
+
+def _child(document: Any, key: str, keys: list[str]) -> Any:
+    if isinstance(document, list):
+        return document[_index(document, key, keys)]
+    if not isinstance(document, dict):
+        raise UsageError(f"--set {'.'.join(keys)}: expected a key of a mapping, got {document!r} there")
+    if document.get(key) is None:
+        document[key] = {}
+    return document[key]
+
+
+def _index(document: list[Any], key: str, keys: list[str]) -> int:
+    if not key.isdigit() or int(key) >= len(document):
+        raise UsageError(f"--set {'.'.join(keys)}: expected a position below {len(document)}, got {key!r}")
+    return int(key)
+
+
+def _explain(error: Any) -> str:
+    """One line for one wrong key: its path, what was expected and what was got."""
+    where = ".".join(str(one) for one in error["loc"]) or "config"
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key; {nearest(where.split('.')[-1], _known_keys(error['loc'][:-1]))}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error["input"]
+    shown = "" if error["type"] == "value_error" else f", got {given!r}"
+    return f"{where}: {message}{shown}"
+
+
+def _known_keys(location: Iterable[Any]) -> list[str]:
+    model: Any = StudyConfig
+    for key in location:
+        model = model.model_fields[key].annotation if key in getattr(model, "model_fields", {}) else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            model = next((one for one in getattr(model, "__args__", ()) if hasattr(one, "model_fields")), None)
+        if model is None:
+            return []
+    return list(model.model_fields)

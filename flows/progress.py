@@ -1,0 +1,165 @@
+"""Progress of stages: bars on a terminal, plain lines elsewhere, artifacts in Prefect's UI."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from tasks.execute import Receipt
+from tasks.stage_task import Progress
+
+LINE_SECONDS = 10.0
+ARTIFACT_SECONDS = 3.0
+
+
+class BarProgress:
+    """One rich bar a stage, with rate and time left."""
+
+    def __init__(self, console: Any) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._bars = RichProgress(
+            TextColumn("{task.description:<11}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:>14}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+        )
+        self._bars.start()
+        self._bar: Any = None
+        self._started = 0.0
+        self._images = 0
+
+    def begin(self, stage: str, units: int, images: int) -> None:
+        """A new bar."""
+        self._started, self._images = time.monotonic(), 0
+        self._bar = self._bars.add_task(stage, total=max(units, 1), rate="")
+
+    def advance(self, receipt: Receipt) -> None:
+        """Moves the bar by one unit."""
+        self._images += receipt.images
+        rate = self._images / max(time.monotonic() - self._started, 1e-9)
+        self._bars.update(self._bar, advance=1, rate=f"{rate:.1f} images/s" if self._images else "")
+
+    def end(self, stage: str, executed: int, reused: int) -> None:
+        """Fills the bar; says so when there was nothing to do."""
+        note = {"rate": f"{reused} done before"} if not executed else {}
+        self._bars.update(self._bar, completed=max(executed, 1), **note)
+
+    def close(self) -> None:
+        """Leaves the bars as they stand."""
+        self._bars.stop()
+
+
+class LineProgress:
+    """A line when a stage begins and ends, and one every ten seconds between."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._started = self._said = 0.0
+        self._stage = ""
+        self._units = self._done = self._images = 0
+
+    def begin(self, stage: str, units: int, images: int) -> None:
+        """Says what there is to do."""
+        self._started = self._said = time.monotonic()
+        self._stage, self._units, self._done, self._images = stage, units, 0, 0
+        if units:
+            self._say(f"{stage}: {units} units" + (f", {images} images" if images else ""))
+
+    def advance(self, receipt: Receipt) -> None:
+        """Says how far it is, every ten seconds."""
+        self._done += 1
+        self._images += receipt.images
+        moment = time.monotonic()
+        if moment - self._said >= LINE_SECONDS:
+            self._said = moment
+            elapsed = moment - self._started
+            left = elapsed / self._done * (self._units - self._done)
+            self._say(
+                f"{self._stage}: {self._done}/{self._units}, {self._images / elapsed:.1f} images/s, "
+                f"{left:.0f} s left"
+            )
+
+    def end(self, stage: str, executed: int, reused: int) -> None:
+        """Says what was run and what had been done before."""
+        elapsed = time.monotonic() - self._started
+        if executed or reused:
+            self._say(f"{stage}: {executed} run, {reused} done before, {elapsed:.1f} s")
+
+    def close(self) -> None:
+        """Nothing to put away."""
+
+    def _say(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+
+class ArtifactProgress:
+    """A progress artifact per stage in Prefect; a trouble there never stops the run, truth is in the store."""
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        self._artifact: Any = None
+        self._units = self._done = 0
+        self._said = 0.0
+
+    def begin(self, stage: str, units: int, images: int) -> None:
+        """A new artifact."""
+        from prefect.artifacts import create_progress_artifact
+
+        self._units, self._done, self._said = units, 0, time.monotonic()
+        description = f"{self._run_id}: {stage}, {units} units, {images} images"
+        self._artifact = create_progress_artifact(progress=0.0, key=stage, description=description)
+
+    def advance(self, receipt: Receipt) -> None:
+        """Moves the artifact, every few seconds."""
+        self._done += 1
+        if time.monotonic() - self._said >= ARTIFACT_SECONDS:
+            self._said = time.monotonic()
+            self._update(100 * self._done / self._units)
+
+    def end(self, stage: str, executed: int, reused: int) -> None:
+        """The stage is complete."""
+        self._update(100.0)
+
+    def close(self) -> None:
+        """Nothing to put away."""
+
+    def _update(self, percent: float) -> None:
+        from prefect.artifacts import update_progress_artifact
+
+        update_progress_artifact(self._artifact, progress=percent)
+
+
+class Several:
+    """Tells several listeners."""
+
+    def __init__(self, listeners: Sequence[Progress]) -> None:
+        self._listeners = listeners
+
+    def begin(self, stage: str, units: int, images: int) -> None:
+        """Passes on."""
+        for one in self._listeners:
+            one.begin(stage, units, images)
+
+    def advance(self, receipt: Receipt) -> None:
+        """Passes on."""
+        for one in self._listeners:
+            one.advance(receipt)
+
+    def end(self, stage: str, executed: int, reused: int) -> None:
+        """Passes on."""
+        for one in self._listeners:
+            one.end(stage, executed, reused)
+
+
+def console_progress() -> BarProgress | LineProgress:
+    """Bars where a person watches, lines in a log."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return BarProgress(console) if console.is_terminal else LineProgress()

@@ -1,0 +1,259 @@
+"""A study as a Prefect flow: one task per stage, shards on Dask, truth in the store."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flows.config import load_config
+from flows.preflight import check_study, resolve_device
+from flows.versions import versions
+from storage.commits import Unit
+from storage.lock import exclusive
+from storage.runs import RunRecord, now
+from storage.store import Store, open_store
+from tasks.config import StudyConfig
+from tasks.leaderboard import leaderboard, leaderboard_markdown
+from tasks.pipeline import STAGES
+from tasks.plan import Planned, Planner
+from tasks.stage_task import Executor, Progress, StageSummary, run_stage, stage_task
+from tasks.study import Study
+from xai_core.registry import methods, metrics
+
+PREFECT_FOLDER = "prefect"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: what each stage did, and how many distinct images were set aside."""
+
+    run_id: str
+    stages: tuple[StageSummary, ...]
+    quarantined: int
+    report: Path
+
+    @property
+    def executed(self) -> int:
+        """Units that were run; 0 where everything had been done before."""
+        return sum(stage.executed for stage in self.stages)
+
+
+def run_study(config: StudyConfig, store_path: Path) -> RunResult:
+    """Runs what is not done of a study: with nothing to do, neither Prefect nor Dask is started.
+
+    Raises:
+        UsageError: the study cannot be run as configured; nothing was computed.
+        StageError: some units failed; the others are committed.
+    """
+    store = open_store(store_path, create=True)
+    with exclusive(store.lock_path), stopped_by_signals():
+        study = Study(config, store)
+        if nothing_to_do(Planner(study).all()):
+            return _without_executor(study)
+        check_study(study)
+        return _orchestrate(study)
+
+
+def nothing_to_do(planned: list[Planned]) -> bool:
+    """Whether every unit of a plan is done."""
+    return all(one.reason is None for one in planned)
+
+
+def _without_executor(study: Study) -> RunResult:
+    """Books a run whose every unit is done already, its own or another run's."""
+    from flows.progress import LineProgress
+
+    class Nothing:
+        def run(self, works: list[Any]) -> Iterator[Any]:
+            raise RuntimeError(f"expected nothing to run, got {len(works)} units")
+
+    return _conduct(study, Nothing(), LineProgress(stream=_Silence()), tasks=False)  # type: ignore[arg-type]
+
+
+class _Silence:
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def _orchestrate(study: Study) -> RunResult:
+    """Starts the API server and the cluster side by side, then runs the flow."""
+    from flows.cluster import executor
+    from flows.server import prefect_api
+
+    device = resolve_device(study.config.run.device)
+    with (
+        prefect_api(study.store.root / PREFECT_FOLDER) as server,
+        executor(study.config.compute, device) as dask,
+    ):
+        if server is not None:
+            server.wait()
+        return _as_flow(study, dask)
+
+
+def _as_flow(study: Study, executor: Executor) -> RunResult:
+    """The run inside a Prefect flow of its own."""
+    from prefect import flow
+
+    from flows.progress import ArtifactProgress, Several, console_progress
+
+    @flow(name="vitrine-study", flow_run_name=study.run_id, validate_parameters=False)
+    def study_flow(run_id: str, store: str) -> None:
+        shown = console_progress()
+        try:
+            progress = Several([shown, ArtifactProgress(run_id)])
+            results.append(_conduct(study, executor, progress, tasks=True))
+        finally:
+            shown.close()
+        _leaderboard_artifact(study)
+
+    results: list[RunResult] = []
+    study_flow(study.run_id, str(study.store.root))
+    return results[0]
+
+
+def _conduct(study: Study, executor: Executor, progress: Progress, *, tasks: bool) -> RunResult:
+    """Runs all stages in order and keeps the run record; each stage is a Prefect task when ``tasks``."""
+    book = RunBook(study)
+    planner = Planner(study)
+    summaries = []
+    try:
+        for stage in STAGES.values():
+            run = stage_task(stage) if tasks else run_stage
+            summaries.append(run(stage, planner, executor, progress, book.note_keys))
+    except KeyboardInterrupt:
+        book.close("interrupted")
+        raise
+    except BaseException:
+        book.close("failed")
+        raise
+    quarantined = _quarantined(study)
+    book.close("complete", quarantined=quarantined)
+    return RunResult(study.run_id, tuple(summaries), quarantined, report_path(study.store, study.run_id))
+
+
+class RunBook:
+    """Keeps a run's record in the store while it goes."""
+
+    def __init__(self, study: Study) -> None:
+        self._store = study.store
+        before = self._store.runs.read(study.run_id)
+        self._run = RunRecord(
+            run_id=study.run_id,
+            name=study.config.name,
+            config=study.config.model_dump(mode="json"),
+            versions=versions(),
+            created=before.created if before else now(),
+            facts={"model": study.config.model.name, "images": study.images},
+            keys=before.keys if before else {},
+            tables=_info_tables(study.config),
+        )
+        self._store.runs.write(self._run)
+
+    def note_keys(self, keys: dict[Unit, str]) -> None:
+        """Adds the units of a stage, before they run: SQL then sees each as soon as it is committed."""
+        self._run = self._run.with_keys(keys)
+        self._store.runs.write(self._run)
+
+    def close(self, state: str, **facts: Any) -> None:
+        """Writes how the run ended."""
+        self._run = replace(self._run, state=state, updated=now(), facts={**self._run.facts, **facts})
+        self._store.runs.write(self._run)
+
+
+def _info_tables(config: StudyConfig) -> dict[str, list[dict[str, Any]]]:
+    """What the run's methods and metrics are, as rows of ``method_info`` and ``metric_info``."""
+    return {
+        "metric_info": [
+            {
+                "metric": choice.id,
+                "higher_is_better": entry.higher_is_better,
+                "lower_bound": entry.bounds[0],
+                "upper_bound": entry.bounds[1],
+                "definition": entry.definition,
+                "undefined": entry.undefined,
+                "paper": entry.paper,
+            }
+            for choice in config.metrics
+            for entry in [metrics.get(choice.name)]
+        ],
+        "method_info": [
+            {
+                "method": choice.id,
+                "output": entry.output,
+                "families": ", ".join(entry.families),
+                "definition": entry.summary,
+                "equation": entry.equation,
+                "cost": entry.cost,
+                "paper": entry.paper,
+            }
+            for choice in config.methods
+            for entry in [methods.get(choice.name)]
+        ],
+    }
+
+
+def _quarantined(study: Study) -> int:
+    """Distinct images that any stage set aside."""
+    store = study.store
+    bad: set[int] = set()
+    for _, record in store.records([study.run_id]):
+        if record.facts["quarantined"]:
+            bad.update(store.read_table(record, "quarantine")["image_id"].to_pylist())
+    return len(bad)
+
+
+def report_path(store: Store, run_id: str) -> Path:
+    """The committed report of a run.
+
+    Raises:
+        FileNotFoundError: the run has none.
+    """
+    run = store.runs.read(run_id)
+    for unit, key in run.units().items() if run else ():
+        if unit.stage == "report" and (record := store.done(unit, key)) is not None:
+            return store.read_file(record, "report")
+    raise FileNotFoundError(f"run {run_id} has no report: resume it with `vitrine run`")
+
+
+def _leaderboard_artifact(study: Study) -> None:
+    from prefect.artifacts import create_markdown_artifact
+
+    rows = leaderboard(study.store, study.run_id)
+    create_markdown_artifact(leaderboard_markdown(rows), key="leaderboard", description=study.run_id)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Turns a polite end (SIGTERM) into the same clean stop as Ctrl-C, where signals can be set."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # Not the main thread: a Prefect worker handles signals itself.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def nightly(
+    config: str | None = None,
+    store: str = "vitrine-store",
+    overrides: list[str] | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """A study as a deployment runs it: the config's path and the same choices as on the command line."""
+    chosen = load_config(Path(config) if config else None, overrides or (), limit)
+    result = run_study(chosen, Path(store))
+    return {"run_id": result.run_id, "executed": result.executed, "quarantined": result.quarantined}
