@@ -36,9 +36,7 @@ def catalogue(kind: str, pattern: str | None = None) -> list[dict[str, Any]]:
 
 def _describe(entry: Entry) -> dict[str, Any]:
     facts = {
-        field.name: getattr(entry, field.name)
-        for field in dataclasses.fields(entry)
-        if field.name not in HIDDEN
+        field.name: getattr(entry, field.name) for field in dataclasses.fields(entry) if field.name not in HIDDEN
     }
     options = {field.name: field.default for field in dataclasses.fields(entry.options)}
     if "families" in facts:

@@ -1,4 +1,4 @@
-"""The command line: ``vitrine run``, ``plan``, ``status``, ``verify``, ``sql``, ``report``, ``explain``, ``list``."""
+"""The command line: parses what was asked for, and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -22,13 +22,14 @@ app = typer.Typer(
     help="Explains vision classifiers at dataset scale: one config in, a leaderboard of methods and metrics out.",
 )
 
-Config = Annotated[Optional[Path], typer.Argument(help="A study's YAML; without one, the built-in demo.")]
+Config = Annotated[Path | None, typer.Argument(help="A study's YAML; without one, the built-in demo.")]
 Store = Annotated[Path, typer.Option("--store", help="Folder that holds results.")]
 Overrides = Annotated[
-    Optional[list[str]], typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a config key (repeatable).")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a config key (repeatable)."),
 ]
-Limit = Annotated[Optional[int], typer.Option("--limit", min=1, help="Take only the first N images.")]
-Run = Annotated[Optional[str], typer.Option("--run", help="A run's id; by default the one updated last.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Take only the first N images.")]
+Run = Annotated[str | None, typer.Option("--run", help="A run's id; by default the one updated last.")]
 DEFAULT_STORE = Path("vitrine-store")
 
 
@@ -88,8 +89,10 @@ def _print_resume(resumable: bool) -> None:
         print(f"resume with: {commands.resume_command()}", file=sys.stderr)
 
 
-@app.command(epilog="Examples:  vitrine run  |  vitrine run configs/imagenet-sample.yaml --limit 64  |  "
-             "vitrine run my.yaml --set 'methods=[grad_cam]' --set run.shard_size=32")
+@app.command(
+    epilog="Examples:  vitrine run  |  vitrine run configs/imagenet-sample.yaml --limit 64  |  "
+    "vitrine run my.yaml --set 'methods=[grad_cam]' --set run.shard_size=32"
+)
 def run(
     config: Config = None, store: Store = DEFAULT_STORE, overrides: Overrides = None, limit: Limit = None
 ) -> None:
@@ -124,13 +127,15 @@ def verify(
         raise typer.Exit(commands.verify(store, repair))
 
 
-@app.command(epilog="Example:  vitrine sql \"select method, avg(value) from metrics where metric = 'deletion' "
-             'group by method" --format csv')
+@app.command(
+    epilog="Example:  vitrine sql \"select method, avg(value) from metrics where metric = 'deletion' "
+    'group by method" --format csv'
+)
 def sql(
-    query: Annotated[Optional[str], typer.Argument(help="A SQL query in DuckDB's dialect.")] = None,
+    query: Annotated[str | None, typer.Argument(help="A SQL query in DuckDB's dialect.")] = None,
     store: Store = DEFAULT_STORE,
     rows: Annotated[RowFormat, typer.Option("--format", help="How rows are printed.")] = RowFormat.table,
-    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Write to a file instead.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to a file instead.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds after which the query is stopped.")] = 60.0,
     tables: Annotated[bool, typer.Option("--tables", help="List what can be queried.")] = False,
 ) -> None:
@@ -143,7 +148,7 @@ def sql(
 def report(
     store: Store = DEFAULT_STORE,
     run: Run = None,
-    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Copy the page to this file.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Copy the page to this file.")] = None,
 ) -> None:
     """Print where a run's report is, or copy it."""
     with exit_codes():
@@ -153,11 +158,11 @@ def report(
 @app.command(epilog="Example:  vitrine explain cat.jpg --method grad_cam --method kl_hessian -o cat.png")
 def explain(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures to explain.")],
-    config: Annotated[Optional[Path], typer.Option("--config", help="Take the model and parts of a study.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="A timm model, with its pretrained weights.")] = None,
-    checkpoint: Annotated[Optional[Path], typer.Option(help="Local .safetensors weights for the model.")] = None,
-    method: Annotated[Optional[list[str]], typer.Option("--method", help="A method (repeatable).")] = None,
-    target: Annotated[Optional[int], typer.Option(help="Class to explain; by default the model's first.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="Take the model and parts of a study.")] = None,
+    model: Annotated[str | None, typer.Option(help="A timm model, with its pretrained weights.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Local .safetensors weights for the model.")] = None,
+    method: Annotated[list[str] | None, typer.Option("--method", help="A method (repeatable).")] = None,
+    target: Annotated[int | None, typer.Option(help="Class to explain; by default the model's first.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG to write.")] = Path("explanation.png"),
     overrides: Overrides = None,
 ) -> None:
@@ -169,7 +174,7 @@ def explain(
 @app.command("list", epilog="Example:  vitrine list methods --format json")
 def list_things(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
-    pattern: Annotated[Optional[str], typer.Argument(help="Only names that match, such as 'vit_*'.")] = None,
+    pattern: Annotated[str | None, typer.Argument(help="Only names that match, such as 'vit_*'.")] = None,
     rows: Annotated[ListFormat, typer.Option("--format", help="How the list is printed.")] = ListFormat.table,
 ) -> None:
     """List methods, metrics, part parsers, dictionary extractors or models."""

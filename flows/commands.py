@@ -136,9 +136,7 @@ def verify(store: Path, repair: bool) -> int:
     return COMPLETE if repair else FAILED
 
 
-def sql(
-    query: str | None, store: Path, rows: str, output: Path | None, timeout: float, tables: bool
-) -> None:
+def sql(query: str | None, store: Path, rows: str, output: Path | None, timeout: float, tables: bool) -> None:
     """Prints or writes the rows of a query."""
     from storage import sql as engine
 
@@ -220,7 +218,9 @@ def list_things(kind: str, pattern: str | None, rows: str) -> None:
     if rows == "json":
         print(json.dumps(entries, indent=1))
         return
-    columns = [name for name in entries[0] if name in ("name", "options", "families", "summary")] if entries else []
+    columns = (
+        [name for name in entries[0] if name in ("name", "options", "families", "summary")] if entries else []
+    )
     _print_table(columns, [[str(entry[column]) for column in columns] for entry in entries])
 
 

@@ -73,9 +73,7 @@ class Explanation:
         return shown
 
 
-def explain_pictures(
-    paths: Sequence[Path], request: Request, output: Path
-) -> Iterator[tuple[Path, list[str]]]:
+def explain_pictures(paths: Sequence[Path], request: Request, output: Path) -> Iterator[tuple[Path, list[str]]]:
     """Explains pictures one by one; writes a PNG each and yields its path with the lines to print.
 
     Raises:
@@ -95,7 +93,12 @@ def explain_pictures(
         with precision_context(config.run.precision, device):
             found = _explain(model, config, model.preprocess(picture).unsqueeze(0).to(device), request.target)
         sheet = explanation_sheet(
-            found.picture, f"{path.name}: {found.target}", found.classes, found.parts, found.maps, found.scores
+            found.picture,
+            f"{path.name}: {found.target}",
+            found.classes,
+            found.parts,
+            found.maps,
+            found.scores,
         )
         target = output if len(pictures) == 1 else output.with_stem(f"{output.stem}-{path.stem}")
         sheet.save(target, "PNG")
@@ -158,5 +161,3 @@ def _one_method(
         return paint_parts(scores, parts), scores
     maps = attribute(model, image, targets, method=choice.name, options=options, batch_size=batch_size)
     return maps, mean_inside_parts(maps, parts)
-
-

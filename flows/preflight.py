@@ -88,7 +88,9 @@ def _name_key(key: str, check) -> None:  # type: ignore[no-untyped-def]
 def _check_masks(study: Study) -> None:
     dataset = study.config.dataset
     if dataset.kind != "folder":
-        raise UsageError(f"parts.parser: 'masks' reads files beside an image folder, got dataset.kind {dataset.kind}")
+        raise UsageError(
+            f"parts.parser: 'masks' reads files beside an image folder, got dataset.kind {dataset.kind}"
+        )
     folder = Path(str(dataset.masks))
     if not folder.is_dir():
         raise UsageError(f"dataset.masks: expected a folder that mirrors dataset.path, got {folder}")

@@ -47,8 +47,9 @@ class BarProgress:
 
     def end(self, stage: str, executed: int, reused: int) -> None:
         """Fills the bar; says so when there was nothing to do."""
-        note = {"rate": f"{reused} done before"} if not executed else {}
-        self._bars.update(self._bar, completed=max(executed, 1), **note)
+        self._bars.update(self._bar, completed=max(executed, 1))
+        if not executed:
+            self._bars.update(self._bar, rate=f"{reused} done before")
 
     def close(self) -> None:
         """Leaves the bars as they stand."""

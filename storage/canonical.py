@@ -10,9 +10,7 @@ BLOCK = 1 << 20
 
 def canonical_json(value: Any) -> bytes:
     """JSON with sorted keys, no spaces and no NaN, as UTF-8 bytes."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
 def digest_json(value: Any) -> str:

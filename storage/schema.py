@@ -4,6 +4,9 @@ A shard that two runs share is stored once, so its rows cannot name one run; the
 the runs that refer to its commit.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import pyarrow as pa
 
 FORMAT_VERSION = 1
@@ -161,6 +164,6 @@ METHOD_INFO = pa.schema(
 )
 
 
-def rows_to_table(name: str, columns: dict[str, object]) -> pa.Table:
+def rows_to_table(name: str, columns: Mapping[str, Any]) -> pa.Table:
     """Columns as a table of the named schema; unknown or missing columns and wrong types are errors."""
     return pa.Table.from_pydict(columns, schema=TABLES[name])

@@ -6,10 +6,10 @@ locked, so that no statement can read or write a file, whatever its shape.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterable
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -70,7 +70,9 @@ def query(store: Store, text: str, *, timeout: float = 60.0, **limits: Any) -> p
         result = connection.sql(text)
         return pa.table({}) if result is None else result.to_arrow_table()
     except duckdb.InterruptException:
-        raise QueryError(f"the query ran past {timeout:g} s and was stopped; narrow it or raise --timeout") from None
+        raise QueryError(
+            f"the query ran past {timeout:g} s and was stopped; narrow it or raise --timeout"
+        ) from None
     except duckdb.Error as error:
         raise QueryError(f"{error}; the tables are: {', '.join(table_names())}") from None
     finally:
@@ -98,8 +100,6 @@ def _run_commits(members: list[tuple[str, Any]]) -> pa.Table:
 
 
 def _runs(runs: list[RunRecord]) -> pa.Table:
-    import json
-
     return pa.Table.from_pylist(
         [
             {
@@ -123,5 +123,3 @@ def _runs(runs: list[RunRecord]) -> pa.Table:
 def _info(runs: list[RunRecord], name: str, schema: pa.Schema) -> pa.Table:
     rows = [{"run_id": run.run_id, **row} for run in runs for row in run.tables.get(name, [])]
     return pa.Table.from_pylist(rows, schema=schema)
-
-

@@ -144,9 +144,7 @@ STAGE = Stage(
     version=1,
     run=run,
     reads=lambda study, variant: {
-        **next(
-            choice.model_dump(mode="json") for choice in study.config.methods if choice.id == variant
-        ),
+        **next(choice.model_dump(mode="json") for choice in study.config.methods if choice.id == variant),
         "precision": study.config.run.precision,
     },
     upstream=upstream,

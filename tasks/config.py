@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 import xai_core.attribution
 import xai_core.concepts
 import xai_core.metrics
-import xai_core.parts
-from xai_core.errors import UsageError
+import xai_core.parts  # noqa: F401  (importing these four registers what a config can name)
 from xai_core.models import ModelSpec
 from xai_core.precision import Precision
 from xai_core.registry import Registry, extractors, methods, metrics, parsers, variant_id
@@ -53,6 +60,7 @@ def _choose(registry: Registry[Any]) -> Callable[[Any], Choice]:
 
 def _check_options(options: type, given: Mapping[str, Any]) -> Any:
     """The options object from a config's values, types checked; errors name the option."""
+    known = [option.name for option in fields(options)]
     strict = pydantic_dataclass(options, frozen=True, config=ConfigDict(extra="forbid"))
     try:
         checked = TypeAdapter(strict).validate_python(dict(given))
@@ -62,11 +70,11 @@ def _check_options(options: type, given: Mapping[str, Any]) -> Any:
             "; ".join(
                 f"option {where or '?'}: {one['msg']}, got {one['input']!r}"
                 if one["type"] != "unexpected_keyword_argument"
-                else f"no option {where!r}; it takes {', '.join(options.__dataclass_fields__) or 'none'}"
+                else f"no option {where!r}; it takes {', '.join(known) or 'none'}"
                 for where, one in details
             )
         ) from None
-    return options(**{name: getattr(checked, name) for name in options.__dataclass_fields__})
+    return options(**{name: getattr(checked, name) for name in known})
 
 
 def options_of(registry: Registry[Any], choice: Choice) -> Any:
@@ -128,15 +136,13 @@ class ModelConfig(Frozen):
 
     def spec(self) -> ModelSpec:
         """The same as xai_core takes it."""
-        return ModelSpec(
-            self.name, self.pretrained, self.checkpoint, dict(self.create_args), dict(self.transform)
-        )
+        return ModelSpec(self.name, self.pretrained, self.checkpoint, dict(self.create_args), dict(self.transform))
 
 
 class PartsConfig(Frozen):
     """How images are cut into parts; ``backbone`` gives the tokens instead of the classifier."""
 
-    parser: ParserChoice = Field(default="tokens", validate_default=True)  # type: ignore[assignment]
+    parser: ParserChoice = Field(default="tokens", validate_default=True)
     k: int = Field(default=12, ge=1, le=254)
     backbone: ModelConfig | None = None
     min_area: float = Field(default=0.005, ge=0, lt=1)
@@ -150,7 +156,7 @@ class ConceptsConfig(Frozen):
 
     layers: tuple[str, ...] = ()
     per_image: int = Field(default=1, ge=1)
-    extractors: tuple[ExtractorChoice, ...] = Field(default=("bisecting_kmeans", "sae"), validate_default=True)  # type: ignore[assignment]
+    extractors: tuple[ExtractorChoice, ...] = Field(default=("bisecting_kmeans", "sae"), validate_default=True)
     atoms: int | None = Field(default=None, ge=1)
 
 
@@ -182,11 +188,11 @@ class StudyConfig(Frozen):
     target: Literal["top1", "label"] = "top1"
     parts: PartsConfig = Field(default_factory=PartsConfig)
     methods: tuple[MethodChoice, ...] = Field(
-        default=("grad_cam", "integrated_gradients", "kl_hessian"),  # type: ignore[assignment]
+        default=("grad_cam", "integrated_gradients", "kl_hessian"),
         validate_default=True,
     )
     metrics: tuple[MetricChoice, ...] = Field(
-        default=("insertion", "deletion", "aopc", "p_insertion", "p_deletion", "p_aopc"),  # type: ignore[assignment]
+        default=("insertion", "deletion", "aopc", "p_insertion", "p_deletion", "p_aopc"),
         validate_default=True,
     )
     concepts: ConceptsConfig = Field(default_factory=ConceptsConfig)
@@ -206,8 +212,4 @@ class StudyConfig(Frozen):
 
     def identity(self) -> dict[str, Any]:
         """The config without what cannot change a result: how and where it is computed."""
-        document = self.model_dump(mode="json", exclude={"compute": True, "run": {"batch_size", "device"}})
-        return document
-
-
-__all__ = ["Choice", "StudyConfig", "UsageError", "options_of"]
+        return self.model_dump(mode="json", exclude={"compute": True, "run": {"batch_size", "device"}})

@@ -87,9 +87,7 @@ def _write(
     )
     tensors = {"atoms": dictionary.atoms, "sizes": dictionary.sizes, **dictionary.encoder}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    context.commit.file(
-        "dictionary", ".safetensors", save(tensors, {"layer": layer, "extractor": extractor.id})
-    )
+    context.commit.file("dictionary", ".safetensors", save(tensors, {"layer": layer, "extractor": extractor.id}))
 
 
 STAGE = Stage(

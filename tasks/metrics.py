@@ -112,8 +112,6 @@ STAGE = Stage(
         ("parts", ""),
         ("attribute", variant),
     ),
-    variants=lambda study: (
-        tuple(choice.id for choice in study.config.methods) if study.config.metrics else ()
-    ),
+    variants=lambda study: tuple(choice.id for choice in study.config.methods) if study.config.metrics else (),
     summary="measures every explanation",
 )

@@ -28,8 +28,7 @@ def run(context: Context) -> Outcome:
     context.write_array("labels", rows, labels.cpu().numpy().astype(np.uint8), ("y", "x"), no_part=255)
     context.write_valid(rows)
     context.commit.table("parts", _part_rows(pictures.image_ids[kept], labels, config.parts.k))
-    bad = (*pictures.bad, *bad)
-    return Outcome(len(pictures) + len(pictures.bad), len(kept), bad)
+    return Outcome(len(pictures) + len(pictures.bad), len(kept), (*pictures.bad, *bad))
 
 
 def _parse(context: Context, inputs: Tensor, masks: Tensor | None) -> Tensor:

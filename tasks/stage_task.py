@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from storage.commits import Unit
-from tasks.execute import Failure, Receipt
 from storage.store import Store
+from tasks.execute import Failure, Receipt
 from tasks.plan import Planned, Planner, to_run
 from tasks.stage import Stage, Work
 
@@ -75,9 +75,7 @@ def run_stage(
     return summary
 
 
-def _collect(
-    executor: Executor, works: list[Work], progress: Progress
-) -> tuple[list[Receipt], list[Failure]]:
+def _collect(executor: Executor, works: list[Work], progress: Progress) -> tuple[list[Receipt], list[Failure]]:
     receipts, failures = [], []
     for result in executor.run(works) if works else ():
         if isinstance(result, Failure):
@@ -90,9 +88,7 @@ def _collect(
 
 def _describe(stage: Stage, failures: list[Failure], works: int) -> str:
     first = failures[0]
-    return (
-        f"stage {stage.name}: {len(failures)} of {works} units failed; the first, {first.unit}: {first.error}"
-    )
+    return f"stage {stage.name}: {len(failures)} of {works} units failed; the first, {first.unit}: {first.error}"
 
 
 def _summary(
@@ -125,17 +121,17 @@ def _check_budget(planner: Planner, summary: StageSummary) -> None:
     if summary.quarantined > allowed * study.images:
         raise StageError(
             f"stage {summary.stage}: {summary.quarantined} of {study.images} images were quarantined, more than "
-            f"run.max_bad_fraction = {allowed} allows; see `vitrine sql \"select path, message from quarantine\"`, "
+            f'run.max_bad_fraction = {allowed} allows; see `vitrine sql "select path, message from quarantine"`, '
             "mend or remove them, or raise the budget"
         )
 
 
 def stage_task(stage: Stage) -> Any:
     """The stage as a Prefect task of its own name; Prefect caches nothing, since truth is in the store."""
-    from prefect import task
+    from prefect import Task
     from prefect.cache_policies import NO_CACHE
 
-    return task(
+    return Task(
         run_stage,
         name=stage.name,
         description=stage.summary,

@@ -109,19 +109,14 @@ class Study:
             return None
         files = sorted(path for path in Path(folder).rglob("*.png"))
         return digest_json(
-            [
-                (path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
-                for path in files
-            ]
+            [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         )
 
     @cached_property
     def labels_are_classes(self) -> bool:
         """Whether the source's labels are the model's classes: then a prediction can be right or wrong."""
         names = open_source(self.config.dataset).class_names
-        return self.config.dataset.classes is not None or (
-            names is not None and len(names) == self._num_classes
-        )
+        return self.config.dataset.classes is not None or (names is not None and len(names) == self._num_classes)
 
     @cached_property
     def _num_classes(self) -> int:

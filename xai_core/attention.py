@@ -16,9 +16,9 @@ def explicit_attention(module: nn.Module) -> Iterator[None]:
     """
     fused = [child for child in module.modules() if getattr(child, "fused_attn", False)]
     for child in fused:
-        child.fused_attn = False  # type: ignore[assignment]
+        child.fused_attn = False
     try:
         yield
     finally:
         for child in fused:
-            child.fused_attn = True  # type: ignore[assignment]
+            child.fused_attn = True

@@ -13,7 +13,9 @@ from xai_core.models import Classifier
 
 
 @contextmanager
-def captured(model: Classifier, layers: Sequence[str], *, with_gradient: bool = False) -> Iterator[dict[str, Tensor]]:
+def captured(
+    model: Classifier, layers: Sequence[str], *, with_gradient: bool = False
+) -> Iterator[dict[str, Tensor]]:
     """Collects the outputs of named layers during the forward passes inside the block.
 
     With ``with_gradient`` the first layer reached becomes a leaf of the graph: nothing before it is

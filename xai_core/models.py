@@ -49,6 +49,7 @@ class Classifier:
         self.data_config: dict[str, Any] = resolve_data_config(args=transform, model=module)
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Logits ``[B, C]`` of normalised images ``[B, 3, H, W]``."""
         return self.module(images)
 
     @property

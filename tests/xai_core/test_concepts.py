@@ -155,9 +155,7 @@ def test_a_draw_does_not_depend_on_its_batch_or_on_the_other_layers(
     for index in range(len(images)):
         one = slice(index, index + 1)
         for layer in layers:
-            alone = sample_pfvs(resnet, images[one], targets[one], [layer], per_image=3, seeds=seeds[one])[
-                layer
-            ]
+            alone = sample_pfvs(resnet, images[one], targets[one], [layer], per_image=3, seeds=seeds[one])[layer]
             assert torch.equal(alone.positions, together[layer].positions[one])
             torch.testing.assert_close(alone.vectors, together[layer].vectors[one], rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(alone.relevance, together[layer].relevance[one], rtol=1e-3, atol=1e-5)
@@ -239,9 +237,7 @@ def test_check_layer_passes_what_can_be_sampled(vit: Classifier, layer: str) -> 
         ("blocks.0.attn.attn_drop", "runs in the forward pass"),
     ],
 )
-def test_check_layer_refuses_and_names_a_layer_that_works(
-    vit: Classifier, layer: str, complaint: str
-) -> None:
+def test_check_layer_refuses_and_names_a_layer_that_works(vit: Classifier, layer: str, complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
         check_layer(vit, layer)
 
@@ -254,9 +250,7 @@ def test_check_layer_refuses_and_names_a_layer_that_works(
         ("bn1", "overwrites in place"),
     ],
 )
-def test_check_layer_refuses_pooled_and_overwritten_maps(
-    resnet: Classifier, layer: str, complaint: str
-) -> None:
+def test_check_layer_refuses_pooled_and_overwritten_maps(resnet: Classifier, layer: str, complaint: str) -> None:
     check_layer(resnet, "layer4")
     with pytest.raises(UsageError, match=complaint):
         check_layer(resnet, layer)
@@ -348,15 +342,11 @@ def test_sae_dictionary_equals_the_autoencoder_on_scaled_vectors() -> None:
 def test_sae_trains_on_a_mean_norm_of_sqrt_c_whatever_the_scale() -> None:
     vectors = _normal(200, 8)
     options = {"steps": 40}
-    found, scaled = (
-        fit_dictionary(factor * vectors, extractor="sae", options=options) for factor in (1, 1024)
-    )
+    found, scaled = (fit_dictionary(factor * vectors, extractor="sae", options=options) for factor in (1, 1024))
     scale = found.encoder["scale"]
     assert float((vectors * scale).norm(dim=1).mean()) == pytest.approx(8**0.5, rel=1e-5)
     torch.testing.assert_close(scaled.atoms, found.atoms, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(
-        encode(scaled, 1024 * vectors), 1024 * encode(found, vectors), rtol=1e-2, atol=1
-    )
+    torch.testing.assert_close(encode(scaled, 1024 * vectors), 1024 * encode(found, vectors), rtol=1e-2, atol=1)
 
 
 @pytest.mark.parametrize(("extractor", "options"), [("sae", {"steps": 30}), ("bisecting_kmeans", {})])

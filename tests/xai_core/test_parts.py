@@ -332,9 +332,7 @@ class TestGrid:
 
 
 class TestMasks:
-    def test_every_value_is_a_part_and_ignored_ones_are_none(
-        self, vit: Classifier, images: torch.Tensor
-    ) -> None:
+    def test_every_value_is_a_part_and_ignored_ones_are_none(self, vit: Classifier, images: torch.Tensor) -> None:
         masks = torch.zeros(3, 64, 64, dtype=torch.int64)
         masks[0, :32], masks[0, 32:, :32] = 900, -4
         masks[1, 10:40] = NO_PART

@@ -68,9 +68,7 @@ def test_every_toy_shows_four_to_seven_visible_parts_that_agree_with_its_class()
         picture = render(SEED, index)
         assert 4 <= len(picture.part_names) <= 7
         assert picture.part_masks.sum(axis=(1, 2)).min() >= 40
-        deciding = {
-            name for name, decides in zip(picture.part_names, picture.deciding, strict=True) if decides
-        }
+        deciding = {name for name, decides in zip(picture.part_names, picture.deciding, strict=True) if decides}
         assert len(deciding) >= 2
         assert deciding <= set(CLASSES[CLASS_NAMES[picture.label]])
 
@@ -100,9 +98,7 @@ def test_removing_a_part_changes_pixels_only_where_it_was_seen(index: int) -> No
         assert not changed[full.coverage[part] == 0].any()
         assert changed[full.part_masks[part]].mean() > 0.9
         assert name not in bare.part_names
-        np.testing.assert_array_equal(
-            bare.coverage.sum(axis=0)[~changed], full.coverage.sum(axis=0)[~changed]
-        )
+        np.testing.assert_array_equal(bare.coverage.sum(axis=0)[~changed], full.coverage.sum(axis=0)[~changed])
         others = np.delete(full.coverage, part, axis=0)
         assert (bare.coverage >= others).all()
 

@@ -27,9 +27,7 @@ class CamOptions:
     upsampling="bilinear",
     cost="1 forward + gradient of the layers behind the map",
 )
-def grad_cam(
-    model: Classifier, images: Tensor, targets: Tensor, options: CamOptions, batch_size: int
-) -> Tensor:
+def grad_cam(model: Classifier, images: Tensor, targets: Tensor, options: CamOptions, batch_size: int) -> Tensor:
     """Grad-CAM: ReLU of the channels weighted by their mean gradient, at the map's own resolution."""
     activation, gradient = _map_and_gradient(model, images, targets, options.layer or default_cam_layer(model))
     weights = gradient.mean(dim=(2, 3), keepdim=True)

@@ -54,18 +54,14 @@ def attribute(
     """
     entry = methods.get(method)
     if entry.output == "parts":
-        scores = score_parts(
-            model, images, targets, parts, method=method, options=options, batch_size=batch_size
-        )
+        scores = score_parts(model, images, targets, parts, method=method, options=options, batch_size=batch_size)
         return paint_parts(scores.score, _required_parts(entry, parts))
     check_request(entry, model, images, targets)
     chosen = _options(entry, options)
     maps = torch.cat(
         [
             entry.function(model, some_images, some_targets, chosen, batch_size)
-            for some_images, some_targets in zip(
-                images.split(batch_size), targets.split(batch_size), strict=True
-            )
+            for some_images, some_targets in zip(images.split(batch_size), targets.split(batch_size), strict=True)
         ]
     ).float()
     return maps if native else upsample_map(maps, images.shape[-2:], entry.upsampling)
@@ -124,7 +120,7 @@ def check_request(entry: MethodEntry, model: Classifier, images: Tensor, targets
             f"{entry.name}: expected images [B, 3, H, W] and targets [B], "
             f"got {tuple(images.shape)} and {tuple(targets.shape)}"
         )
-    if targets.numel() and not (0 <= int(targets.min()) and int(targets.max()) < model.num_classes):
+    if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= model.num_classes):
         raise UsageError(
             f"{entry.name}: expected targets in 0..{model.num_classes - 1}, "
             f"got {int(targets.min())}..{int(targets.max())}"

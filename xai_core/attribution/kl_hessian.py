@@ -143,9 +143,7 @@ def kl_hessian(
     return PartScores(score, {"kl_sym": kl_sym, "curvature": curvature})
 
 
-def _clean_pass(
-    model: Classifier, images: Tensor, targets: Tensor, batch_size: int
-) -> tuple[Tensor, Tensor]:
+def _clean_pass(model: Classifier, images: Tensor, targets: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """The gradient g of every image, once, and the log-probabilities of the clean image from the same pass."""
     passes = [
         input_gradient(model, some_images, some_targets)

@@ -78,9 +78,7 @@ def nonzero(vectors: Tensor) -> Tensor:
 
 def _usable(vectors: Tensor) -> Tensor:
     if vectors.ndim != 2:
-        raise UsageError(
-            f"vectors: expected shape [N, C], got {tuple(vectors.shape)}; flatten the samples first"
-        )
+        raise UsageError(f"vectors: expected shape [N, C], got {tuple(vectors.shape)}; flatten the samples first")
     bad = int((~vectors.isfinite()).any(dim=1).sum())
     if bad:
         raise UsageError(

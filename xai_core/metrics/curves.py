@@ -33,8 +33,9 @@ class PartCurveOptions:
     @property
     def named_baseline(self) -> Baseline:
         """The baseline as the engine takes it; fields that the kind does not read keep their defaults."""
-        read = {"blur": {"sigma": self.sigma}, "noise": {"seed": self.seed}}.get(self.baseline, {})
-        return Baseline(self.baseline, **read)
+        sigma = self.sigma if self.baseline == "blur" else Baseline.sigma
+        seed = self.seed if self.baseline == "noise" else Baseline.seed
+        return Baseline(self.baseline, sigma, seed)
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def p_aopc(curves: Curves, options: PartCurveOptions) -> Tensor:
 
 
 def defined(trajectory: Trajectory, maps: Tensor, scores: Tensor) -> Tensor:
-    """Where a trajectory's ranking means something: ``[B]`` bool, from maps ``[B, H, W]`` and scores ``[B, K]``."""
+    """Where a trajectory's ranking means something, ``[B]``: from maps ``[B, H, W]`` and scores ``[B, K]``."""
     values = maps.flatten(1) if trajectory.unit == "pixels" else scores
     finite = torch.isfinite(maps.flatten(1)).all(dim=1)
     highest = values.nan_to_num(-torch.inf).amax(dim=1)

@@ -116,8 +116,7 @@ def follow(
     }
     clean = _probabilities(model, images, targets, batch_size)
     ends = {
-        baseline: _probabilities(model, replaced, targets, batch_size)
-        for baseline, replaced in baselines.items()
+        baseline: _probabilities(model, replaced, targets, batch_size) for baseline, replaced in baselines.items()
     }
     curves = {}
     for trajectory in trajectories:
@@ -125,7 +124,15 @@ def follow(
         if trajectory.start == "baseline":
             first, last = last, first
         curves[trajectory] = _curve(
-            model, images, baselines[trajectory.baseline], targets, rankings, trajectory, first, last, batch_size
+            model,
+            images,
+            baselines[trajectory.baseline],
+            targets,
+            rankings,
+            trajectory,
+            first,
+            last,
+            batch_size,
         )
     return curves
 

@@ -76,8 +76,9 @@ class _Page:
     def __init__(self, tiles: int, panels: int, aspect: float) -> None:
         from matplotlib.figure import Figure
 
-        self.columns = max(2, min(COLUMNS, tiles))
-        self.panel_columns = min(panels, max(1, self.columns // 2))
+        rows = -(-tiles // COLUMNS)
+        self.columns = max(2, -(-tiles // rows))
+        self.panel_columns = min(panels, 1 if self.columns == 2 else 2)
         self.tile_height = TILE * aspect
         self.panels_top = HEADLINE + -(-tiles // self.columns) * (self.tile_height + CAPTION + GAP) + GAP
         self.width = 2 * MARGIN + self.columns * (TILE + GAP) - GAP
@@ -87,7 +88,9 @@ class _Page:
     def write_title(self, title: str) -> None:
         """The headline."""
         place = (MARGIN / self.width, 1 - 0.5 * HEADLINE / self.height)
-        self.figure.text(*place, _plain(_shorten(title, 90)), fontsize=15, fontweight="bold", color=INK, va="center")
+        self.figure.text(
+            *place, _plain(_shorten(title, 90)), fontsize=15, fontweight="bold", color=INK, va="center"
+        )
 
     def tile(self, index: int) -> Any:
         """The axes of a tile, counted row by row."""
@@ -116,12 +119,13 @@ def _draw_tile(axes: Any, name: str, tile: np.ndarray) -> None:
 
 
 def _number_parts(axes: Any, labels: np.ndarray) -> None:
-    """The number of each part at the pixel of it that is nearest to its centre."""
+    """The number of each part where the part is widest."""
     from matplotlib.patheffects import withStroke
+    from scipy.ndimage import distance_transform_edt
 
     for part in np.unique(labels[labels != NO_PART]):
-        where = np.argwhere(labels == part)
-        y, x = where[np.abs(where - where.mean(axis=0)).sum(axis=1).argmin()]
+        depth = distance_transform_edt(np.pad(labels == part, 1))[1:-1, 1:-1]
+        y, x = np.unravel_index(depth.argmax(), depth.shape)
         axes.text(
             x, y, str(part), color="white", fontsize=8, fontweight="bold", ha="center", va="center"
         ).set_path_effects([withStroke(linewidth=2, foreground=INK)])
