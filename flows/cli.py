@@ -202,3 +202,7 @@ def _root(
 def main() -> None:
     """The ``vitrine`` command."""
     app()
+
+
+if __name__ == "__main__":
+    main()

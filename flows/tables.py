@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from tasks.leaderboard import LeaderboardRow
+from tasks.leaderboard import Standing
 
 
-def leaderboard_table(rows: Sequence[LeaderboardRow]) -> Table:
+def leaderboard_table(rows: Sequence[Standing]) -> Table:
     """Methods by metrics: the mean of each, the best of a metric in bold."""
     metrics = list(dict.fromkeys(row.metric for row in rows))
     cells = {(row.method, row.metric): row for row in rows}
@@ -27,14 +27,14 @@ def leaderboard_table(rows: Sequence[LeaderboardRow]) -> Table:
     return table
 
 
-def _best(rows: Sequence[LeaderboardRow]) -> float | None:
+def _best(rows: Sequence[Standing]) -> float | None:
     means = [row.mean for row in rows if row.mean is not None]
     if not means:
         return None
     return max(means) if rows[0].higher_is_better else min(means)
 
 
-def _cell(row: LeaderboardRow | None, best: float | None) -> str:
+def _cell(row: Standing | None, best: float | None) -> str:
     if row is None or row.mean is None:
         return "-"
     text = f"{row.mean:.3f}"

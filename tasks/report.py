@@ -2,14 +2,113 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from storage.commits import KEY_CHARACTERS
+from tasks import report_data
+from tasks.leaderboard import standings
+from tasks.report_curves import mean_curves
+from tasks.report_data import Committed
+from tasks.report_figures import curve_charts, legend
+from tasks.report_gallery import gallery
+from tasks.report_leaderboard import leaderboard_columns, verdict
 from tasks.stage import Context, Outcome, Stage
 from tasks.study import Study
 
+TEMPLATES = Path(__file__).parent / "templates"
+
 
 def run(context: Context) -> Outcome:
-    """The file ``report`` of a run."""
-    context.commit.file("report", ".html", b"<html></html>")
+    """The file ``report`` of a run; it loads nothing, and the same store gives the same bytes."""
+    context.commit.file("report", ".html", render(context).encode())
     return Outcome(0, 0)
+
+
+def render(context: Context) -> str:
+    """The page as HTML."""
+    committed = Committed(context)
+    scores = committed.of_stage("metrics")
+    entries = legend([choice.id for choice in context.config.methods])
+    rows = standings(context.store, scores)
+    charts = curve_charts(mean_curves(context.store, scores), entries)
+    cards, unreadable = gallery(context)
+    set_aside, set_aside_rows, set_aside_images = report_data.quarantined(committed)
+    timings = report_data.timings(committed)
+    return _template().render(
+        config=context.config,
+        config_text=yaml.safe_dump(context.config.identity(), sort_keys=False, allow_unicode=True),
+        dataset=_dataset_name(context),
+        run_id=context.work.facts["run_id"],
+        run=committed.run,
+        counts=report_data.image_counts(committed),
+        columns=leaderboard_columns(rows, [entry.method for entry in entries]),
+        verdict=verdict(rows),
+        legend=entries,
+        charts=charts,
+        figures=_script_json([json.loads(chart.json) for chart in charts]),
+        plotly=_plotly() if charts else "",
+        cards=cards,
+        unreadable=unreadable,
+        dictionaries=report_data.dictionaries(committed),
+        timings=timings,
+        seconds=sum(row.seconds for row in timings),
+        keys=report_data.keys(committed),
+        report_key=context.work.key[:KEY_CHARACTERS],
+        quarantine=set_aside,
+        quarantine_rows=set_aside_rows,
+        quarantine_images=set_aside_images,
+        methods=report_data.method_facts(committed),
+        metrics=report_data.metric_facts(committed),
+    )
+
+
+def _dataset_name(context: Context) -> str:
+    dataset = context.config.dataset
+    return f"{dataset.kind} {dataset.path}" if dataset.path else f"{dataset.kind}, seed {dataset.seed}"
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(seconds=_seconds, memory=_memory)
+    return environment.get_template("report.html.j2")
+
+
+def _seconds(value: float) -> str:
+    """A duration as people say it."""
+    if value < 60:
+        return f"{value:.1f} s" if value >= 0.095 else f"{value:.2f} s"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def _memory(value: int) -> str:
+    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def _script_json(document: Any) -> Markup:
+    """JSON that is safe inside a script element: no tag can begin or end in it."""
+    text = json.dumps(document, separators=(",", ":"))
+    return Markup(text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e"))
+
+
+def _plotly() -> Markup:
+    """The charting library, whole, so that the page needs no network."""
+    from plotly.offline import get_plotlyjs
+
+    return Markup(get_plotlyjs())
 
 
 def everything(study: Study, variant: str) -> tuple[tuple[str, str], ...]:

@@ -19,9 +19,9 @@ SIGN_TOLERANCE = 0.01
 
 
 def is_signed(values: np.ndarray) -> bool:
-    """Whether values below zero matter: more than 1 % of the largest magnitude."""
+    """Whether values below zero matter: past 1 % of what the map robustly reaches."""
     finite = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    return bool(finite.size and finite.min() < -SIGN_TOLERANCE * np.abs(finite).max())
+    return bool(finite.size and finite.min() < -SIGN_TOLERANCE * _reach(np.abs(finite)))
 
 
 def strength(values: np.ndarray, *, signed: bool | None = None) -> np.ndarray:

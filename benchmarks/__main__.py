@@ -1,0 +1,50 @@
+"""``python -m benchmarks [NAME ...] [--device cpu|cuda]``: runs benchmarks and prints their rows.
+
+Without names: all of them on the CPU; with ``--device cuda`` those that need nothing but torch, timm,
+numpy, scikit-learn and xai_core, so that they run on a bare GPU machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import platform
+
+import torch
+
+# Name, module, and whether it runs on a bare GPU machine.
+BENCHMARKS = (
+    ("kl_hessian", "benchmarks.kl_hessian", True),
+    ("precision", "benchmarks.precision", True),
+    ("resume", "benchmarks.resume", False),
+    ("orchestration", "benchmarks.orchestration", False),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    names = [name for name, _, _ in BENCHMARKS]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(names)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options = parser.parse_args()
+    for name in options.names:
+        if name not in names:
+            parser.error(f"unknown benchmark {name!r}: expected any of {', '.join(names)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: expected a CUDA device, found none")
+    print(machine(options.device))
+    for name, module, bare in BENCHMARKS:
+        if name in options.names or (not options.names and (bare or options.device == "cpu")):
+            print(f"\n## {name}", flush=True)
+            importlib.import_module(module).run(options.device)
+
+
+def machine(device: str) -> str:
+    """The machine in one line."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    return f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    main()
