@@ -36,10 +36,12 @@ def _wait(device: str) -> None:
 
 def row(label: str, **numbers: float | str) -> None:
     """One printed row: a label and named numbers."""
-    shown = (
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers.items()
-    )
+    shown = [f"{key} {_spell(number)}" for key, number in numbers.items()]
     print(f"{label:<44} " + "  ".join(shown), flush=True)
+
+
+def _spell(number: float | str) -> str:
+    return f"{number:.4g}" if isinstance(number, float) else number
 
 
 __all__ = ["alternate", "median", "row", "timed"]

@@ -7,22 +7,24 @@ import shlex
 import shutil
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.errors import QueryError, SourceError, StoreError, StoreLockedError
+from storage.errors import NoStoreError, QueryError, SourceError, StoreError, StoreLockedError
+from storage.lock import exclusive
 from storage.store import Store, open_store
 from storage.verify import verify_store
 from tasks.stage_task import StageError
-from xai_core.errors import UsageError
+from xai_core.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from flows.study import RunResult
 
-USAGE_ERRORS = (UsageError, SourceError, QueryError, StoreLockedError)
-RUN_ERRORS = (StageError, StoreError, FileNotFoundError)
+USAGE_ERRORS = (UsageError, SourceError, QueryError, StoreLockedError, NoStoreError)
+RUN_ERRORS = (StageError, StoreError, OSError)
 
 COMPLETE, FAILED, COMPLETE_WITH_QUARANTINE = 0, 1, 3
 
@@ -123,7 +125,8 @@ def _done_of(store: Store, units: dict[Any, str]) -> str:
 def verify(store: Path, repair: bool) -> int:
     """Hashes every committed object and prints the bad ones; returns 1 where some remain."""
     opened = open_store(store)
-    checked, damage = verify_store(opened, repair=repair)
+    with exclusive(opened.lock_path) if repair else nullcontext():
+        checked, damage = verify_store(opened, repair=repair)
     for one in damage:
         print(f"{one.kind}: {one.path} ({one.unit})")
     if not damage:
@@ -185,6 +188,9 @@ def report(store: Path, run: str | None, output: Path | None) -> None:
     run_id = run or (latest.run_id if latest else None)
     if run_id is None:
         raise UsageError(f"--store: expected a store with a run, {store} has none")
+    if opened.runs.read(run_id) is None:
+        known = [one.run_id for one in opened.runs.all()]
+        raise UsageError(f"--run: expected a run of {store}, got {run_id!r}; {nearest(run_id, known)}")
     path = report_path(opened, run_id)
     if output is not None:
         shutil.copyfile(path, output)

@@ -33,6 +33,9 @@ def load_config(path: Path | None, overrides: Iterable[str] = (), limit: int | N
         _apply(document, override)
     if limit is not None:
         _put(document, ["dataset", "limit"], limit)
+    # Those that --set gave are relative to where the command was given; workers may stand elsewhere.
+    for keys in PATH_KEYS:
+        _resolve(document, keys, Path.cwd())
     try:
         return StudyConfig.model_validate(document)
     except ValidationError as error:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from storage.errors import SourceError
+from storage.sources.decode import upright_size
+from storage.sources.folder import path_of
 from tasks.config import Choice, ModelConfig, StudyConfig, options_of
 from tasks.parts import mask_path
 from tasks.sources import open_source
@@ -103,13 +104,17 @@ def _check_mask(folder: Path, images: Path, reference: str) -> None:
     if not path.is_file():
         raise UsageError(f"dataset.masks: expected a mask for every image, got none at {path}")
     try:
-        with Image.open(images / reference) as picture:
-            expected = picture.size
-    except (OSError, SourceError):
+        with Image.open(images / path_of(reference)) as picture:
+            expected = upright_size(picture)
+    except Exception:
         return  # A broken image is set aside when it is read; its mask is not to blame.
-    with Image.open(path) as mask:
-        if mask.size != expected:
-            raise UsageError(
-                f"dataset.masks: expected {path} of size {expected[0]} x {expected[1]} like its image, "
-                f"got {mask.size[0]} x {mask.size[1]}"
-            )
+    try:
+        with Image.open(path) as mask:
+            size = mask.size
+    except OSError as error:
+        raise UsageError(f"dataset.masks: expected a mask at {path}, got something else: {error}") from None
+    if size != expected:
+        raise UsageError(
+            f"dataset.masks: expected {path} of size {expected[0]} x {expected[1]} like its image, "
+            f"got {size[0]} x {size[1]}"
+        )

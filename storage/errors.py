@@ -5,6 +5,10 @@ class StoreError(RuntimeError):
     """The store cannot do what was asked, and nothing was changed."""
 
 
+class NoStoreError(StoreError):
+    """The folder that was named as a store is not one, or cannot become one."""
+
+
 class SourceError(ValueError):
     """A data source cannot be used as configured."""
 

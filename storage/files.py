@@ -2,10 +2,13 @@
 
 import os
 import secrets
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
+FRESH_SECONDS = 60.0
 
 
 def sync_folder(path: Path) -> None:
@@ -24,6 +27,18 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_leftovers(root: Path) -> int:
+    """Removes what killed writers left unpublished anywhere under a folder; returns how many.
+
+    Files touched within the last minute are left alone: someone may be writing them.
+    """
+    newest = time.time() - FRESH_SECONDS
+    stale = [path for path in root.rglob(f"{TEMPORARY}*") if path.stat().st_mtime < newest]
+    for path in stale:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    return len(stale)
 
 
 def publish(path: Path, write: Callable[[Path], None]) -> None:

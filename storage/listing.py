@@ -7,6 +7,7 @@ disk by DuckDB: memory does not grow with the data set.
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.files import publish
+from storage.files import TEMPORARY, publish
 from storage.sources.base import ImageItem, ImageSource
 
 BATCH = 16_384
@@ -74,7 +75,7 @@ def build_listing(source: ImageSource, folder: Path, order_seed: int | None) -> 
     An unchanged source is listed again (that is how a change is noticed) but not sorted again.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    raw = folder / f".raw-{id(source):x}.parquet"
+    raw = folder / f"{TEMPORARY}{secrets.token_hex(6)}-raw.parquet"
     try:
         digest, rows = _write_raw(source, raw, order_seed)
         path = folder / f"{digest[:24]}.parquet"
@@ -131,7 +132,7 @@ def _sort(raw: Path, target: Path, order_seed: int | None) -> None:
     connection = duckdb.connect(":memory:")
     try:
         connection.execute(f"set memory_limit = '{SORT_MEMORY}'")
-        connection.execute("set temp_directory = ?", [str(raw.parent / ".sort")])
+        connection.execute("set temp_directory = ?", [str(raw.with_suffix(".sort"))])
         connection.execute(f"create view raw as select * from read_parquet('{_quoted(raw)}')")
         order = IN_ORDER if order_seed is None else STRATIFIED
         connection.execute(f"copy ({order}) to '{_quoted(target)}' (format parquet, row_group_size {BATCH})")

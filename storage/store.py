@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from storage import arrays
 from storage.canonical import digest_file, digest_json
 from storage.commits import KEY_CHARACTERS, CommitLog, CommitRecord, StoredObject, Unit, slug
-from storage.errors import StoreError
+from storage.errors import NoStoreError, StoreError
 from storage.files import publish, publish_bytes
 from storage.runs import RunLog
 from storage.schema import FORMAT_VERSION, TABLES
@@ -101,8 +101,9 @@ class Store:
 
     def records(self, run_ids: Iterable[str] | None = None) -> Iterator[tuple[str, CommitRecord]]:
         """Run id and record of everything committed, for some runs or for all."""
+        chosen = None if run_ids is None else set(run_ids)
         for run in self.runs.all():
-            if run_ids is None or run.run_id in set(run_ids):
+            if chosen is None or run.run_id in chosen:
                 for unit, key in run.units().items():
                     if (record := self.done(unit, key)) is not None:
                         yield run.run_id, record
@@ -176,13 +177,16 @@ def open_store(root: Path | str, *, create: bool = False) -> Store:
     """Opens the store in a folder.
 
     Raises:
-        StoreError: no store there (unless ``create``), or one of a newer format.
+        NoStoreError: no store there (unless ``create``), or a folder that holds other things.
+        StoreError: a store of a newer format.
     """
     root = Path(root)
     marker = root / FORMAT_FILE
     if not marker.exists():
         if not create:
-            raise StoreError(f"expected a store in {root}, found none: run `vitrine run --store {root}` first")
+            raise NoStoreError(
+                f"--store: expected a store in {root}, found none: run `vitrine run --store {root}` first"
+            )
         _refuse_foreign(root)
         publish_bytes(marker, json.dumps({"format": FORMAT_VERSION}).encode())
     found = json.loads(marker.read_bytes())["format"]
@@ -195,7 +199,7 @@ def open_store(root: Path | str, *, create: bool = False) -> Store:
 
 def _refuse_foreign(root: Path) -> None:
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise StoreError(
+        raise NoStoreError(
             f"--store: expected a store, a new folder or an empty one, got {root}, which holds other things"
         )
 

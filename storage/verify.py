@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from storage.canonical import digest_file
 from storage.commits import CommitRecord, StoredObject, Unit
+from storage.files import remove_leftovers
 from storage.store import Store
 
 
@@ -21,7 +22,8 @@ class Damage:
 def verify_store(store: Store, *, repair: bool = False) -> tuple[int, list[Damage]]:
     """Hashes every object of every record; returns how many were checked and the damaged ones.
 
-    With ``repair`` the records of damaged objects are dropped, so that the next run redoes just those.
+    With ``repair`` the records of damaged objects are dropped, so that the next run redoes just those, and
+    what killed writers left unpublished is removed; hold the store's lock for it.
     """
     checked = 0
     damage: list[Damage] = []
@@ -31,6 +33,8 @@ def verify_store(store: Store, *, repair: bool = False) -> tuple[int, list[Damag
         damage += found
         if found and repair:
             store.commits.path(record.unit, record.key).unlink()
+    if repair:
+        remove_leftovers(store.root)
     return checked, damage
 
 

@@ -35,8 +35,9 @@ def run(context: Context) -> Outcome:
     pictures = load_pictures(context)
     labels, has_parts = read_part_labels(context, pictures) if entry.output == "parts" else (None, None)
     chosen = torch.arange(len(pictures)) if has_parts is None else has_parts.nonzero().squeeze(1)
+    given = len(chosen) + len(pictures.bad)
     if not len(chosen):
-        return Outcome(len(pictures) + len(pictures.bad), 0, pictures.bad)
+        return Outcome(given, 0, pictures.bad)
     explained = _explain(context, choice, entry, pictures, labels, chosen)
     finite = torch.isfinite(explained.maps.flatten(1)).all(dim=1).cpu()
     _write(context, entry, explained, pictures, chosen, finite)
@@ -44,7 +45,7 @@ def run(context: Context) -> Outcome:
         Bad(int(pictures.image_ids[i]), pictures.paths[i], "NotFinite", f"{choice.id} gave NaN or infinity")
         for i in chosen[~finite].tolist()
     )
-    return Outcome(len(pictures) + len(pictures.bad), int(finite.sum()), (*pictures.bad, *bad))
+    return Outcome(given, int(finite.sum()), (*pictures.bad, *bad))
 
 
 def _choice(context: Context) -> Choice:

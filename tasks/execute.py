@@ -48,6 +48,7 @@ def execute(work: Work, device: str = "cpu") -> Receipt:
     commit = store.begin(work.unit, work.key, work.ingredients)
     context = Context(work, store, commit, resolve_device(device))
     outcome = STAGES[work.unit.stage].run(context)
+    _reconcile(work.unit, outcome)
     _write_quarantine(context, outcome)
     seconds = time.perf_counter() - started
     _write_timing(context, outcome, seconds)
@@ -68,6 +69,15 @@ def resolve_device(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _reconcile(unit: Unit, outcome: Outcome) -> None:
+    """Refuses to commit a unit that lost an image without saying so."""
+    if outcome.images != outcome.ok + len(outcome.bad):
+        raise RuntimeError(
+            f"{unit}: expected images in = ok + quarantined, got {outcome.images} in, {outcome.ok} ok and "
+            f"{len(outcome.bad)} quarantined; nothing was committed"
+        )
 
 
 def _write_quarantine(context: Context, outcome: Outcome) -> None:

@@ -24,7 +24,7 @@ def run(context: Context) -> Outcome:
     maps, has_map = read_maps(context, method, pictures)
     labels, has_parts = read_part_labels(context, pictures)
     chosen = (has_map & has_parts).nonzero().squeeze(1)
-    given = len(pictures) + len(pictures.bad)
+    given = len(chosen) + len(pictures.bad)
     if not len(chosen):
         return Outcome(given, 0, pictures.bad)
     config = context.config

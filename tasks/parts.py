@@ -10,6 +10,7 @@ from torch import Tensor
 
 from storage.errors import SourceError
 from storage.schema import rows_to_table
+from storage.sources.folder import path_of
 from tasks.config import options_of
 from tasks.stage import Bad, Context, Outcome, Stage
 from tasks.worker import Pictures, classifier, load_pictures, study_classifier
@@ -84,19 +85,24 @@ def _sizes(context: Context) -> dict[int, tuple[int, int]]:
 
 def mask_path(folder: Path, image: str) -> Path:
     """Where the mask of an image stands: the same relative path, as PNG."""
-    return (folder / image).with_suffix(".png")
+    return (folder / path_of(image)).with_suffix(".png")
 
 
 def read_mask(folder: Path, image: str, size: tuple[int, int]):  # type: ignore[no-untyped-def]
     """The mask of an image as a PIL picture of integers.
 
     Raises:
-        SourceError: its size differs from the image's.
+        SourceError: it cannot be read, or its size differs from the image's.
     """
     from PIL import Image
 
     path = mask_path(folder, image)
-    mask = Image.open(path)
+    try:
+        mask = Image.open(path)
+        mask.load()
+    except Exception as error:
+        # As for pictures: broken bytes make Pillow raise anything.
+        raise SourceError(f"dataset.masks: expected a readable mask at {path}: {error}") from error
     if mask.size != size:
         raise SourceError(
             f"dataset.masks: expected {path.name} of size {size[0]} x {size[1]} like its image, "

@@ -120,8 +120,8 @@ class Planner:
             rows=rows,
             shard_rows=shard_rows,
             config=self.study.config,
-            store=str(self.study.store.root),
-            listing=str(self.study.listing.path),
+            store=str(self.study.store.root.resolve()),
+            listing=str(self.study.listing.path.resolve()),
             facts={**self.study.facts, "run_id": self.study.run_id},
             upstream=upstream,
         )

@@ -33,6 +33,8 @@ class Bad:
 class Outcome:
     """What a shard function did: images it was given, images it treated, and those it could not.
 
+    An image that an earlier stage set aside is not given to the later ones.
+
     ``facts`` go into the commit record.
     """
 

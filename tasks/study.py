@@ -46,6 +46,12 @@ class Study:
         return build_listing(source, self.store.root / "listings", self.config.dataset.order_seed)
 
     @property
+    def dataset_path(self) -> str | None:
+        """Where the images lie, as an absolute path; None for the demo."""
+        path = self.config.dataset.path
+        return None if path is None else str(Path(path).resolve())
+
+    @property
     def images(self) -> int:
         """How many images the study takes."""
         return min(self.listing.rows, self.config.dataset.limit or self.listing.rows)

@@ -7,10 +7,12 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from storage.errors import SourceError
 from storage.sources.base import ImageItem
 
+ENCODED = "percent-encoded:"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
@@ -37,7 +39,7 @@ class FolderSource:
         """Label and readable name of every class folder."""
         present = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
         if self._classes is None:
-            return {name: (label, name) for label, name in enumerate(present)}
+            return {name: (label, _readable(name)) for label, name in enumerate(present)}
         known = read_classes(self._classes)
         unknown = [name for name in present if name not in known]
         if unknown:
@@ -60,7 +62,7 @@ class FolderSource:
         for folder, (label, name) in self._folders.items():
             for path, stat in _files(self.root / folder):
                 yield ImageItem(
-                    reference=path.relative_to(self.root).as_posix(),
+                    reference=reference_of(path.relative_to(self.root).as_posix()),
                     fingerprint=f"{stat.st_size}:{stat.st_mtime_ns}",
                     label=label,
                     label_name=name,
@@ -68,16 +70,47 @@ class FolderSource:
 
     def read(self, reference: str) -> bytes:
         """The bytes of the file at this relative path."""
-        return (self.root / reference).read_bytes()
+        return (self.root / path_of(reference)).read_bytes()
+
+
+def reference_of(path: str) -> str:
+    """A relative path as text that any table can hold: itself, or percent-encoded where it is not UTF-8."""
+    if _readable(path) == path and not path.startswith(ENCODED):
+        return path
+    return ENCODED + quote_from_bytes(os.fsencode(path), safe="/ ")
+
+
+def path_of(reference: str) -> str:
+    """The relative path that :func:`reference_of` spelled."""
+    if not reference.startswith(ENCODED):
+        return reference
+    return os.fsdecode(unquote_to_bytes(reference.removeprefix(ENCODED)))
+
+
+def _readable(name: str) -> str:
+    """A file name with a sign of doubt in place of every byte that is not UTF-8."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def read_classes(path: Path) -> dict[str, tuple[int, str]]:
-    """Label and readable name by folder name, from a CSV with a header."""
+    """Label and readable name by folder name, from a CSV with a header.
+
+    Raises:
+        SourceError: no such file, or a row that is not an index from 0 and a folder name.
+    """
     if not path.is_file():
         raise SourceError(f"dataset.classes: expected a CSV file, got {path}")
     with path.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.reader(stream))[1:]
-    return {row[1]: (int(row[0]), row[-1]) for row in rows if row}
+    return {row[1]: (int(row[0]), row[-1]) for row in rows if _is_class(path, row)}
+
+
+def _is_class(path: Path, row: list[str]) -> bool:
+    if row and not (len(row) > 1 and row[0].strip().isdigit()):
+        raise SourceError(
+            f"dataset.classes: expected rows of index, folder name and readable name in {path.name}, got {row}"
+        )
+    return bool(row)
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:

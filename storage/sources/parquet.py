@@ -25,22 +25,10 @@ class ParquetSource:
         self.files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         if not self.files or not self.files[0].is_file():
             raise SourceError(f"dataset.path: expected a Parquet file or a folder of them, got {path}")
-        self._schema = self._checked_schema()
-        self._groups: OrderedDict[tuple[int, int], pa.ChunkedArray] = OrderedDict()
+        self._schema = [_checked_schema(file) for file in self.files][0]
+        self._groups: OrderedDict[tuple[str, int, int], pa.ChunkedArray] = OrderedDict()
         if not any(pq.read_metadata(file).num_rows for file in self.files):
             raise SourceError(f"dataset.path: expected rows, found none in {path}")
-
-    def _checked_schema(self) -> pa.Schema:
-        try:
-            schema = pq.read_schema(self.files[0])
-        except pa.ArrowInvalid as error:
-            raise SourceError(f"dataset.path: {self.files[0].name} is not Parquet: {error}") from error
-        image = schema.field("image").type if "image" in schema.names else None
-        if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
-            raise SourceError(
-                f"dataset.path: expected the columns image: struct<bytes, path> and label, got {schema.names}"
-            )
-        return schema
 
     @cached_property
     def class_names(self) -> tuple[str, ...] | None:
@@ -70,24 +58,46 @@ class ParquetSource:
 
     def read(self, reference: str) -> bytes:
         """The bytes in one row; its row group stays in memory for the next."""
-        name, _, place = reference.partition("#")
+        name, _, place = reference.rpartition("#")
         group, row = (int(number) for number in place.split("/"))
-        number = next(index for index, path in enumerate(self.files) if path.name == name)
-        content = self._group(number, group)[row].as_py()
+        try:
+            content = self._group(self.files[0].with_name(name), group)[row].as_py()
+        except (pa.ArrowException, IndexError) as error:
+            raise SourceError(f"expected a readable row {reference}: {error}") from error
         if content is None:
             raise SourceError("expected an encoded picture, got null")
         return content
 
-    def _group(self, number: int, group: int) -> pa.ChunkedArray:
-        if (number, group) not in self._groups:
-            table = pq.ParquetFile(self.files[number]).read_row_group(group, columns=["image.bytes"])
-            self._groups[number, group] = table["image"].combine_chunks().field("bytes")
+    def _group(self, path: Path, group: int) -> pa.ChunkedArray:
+        # The time is part of the name: a worker that lives long must not serve a file that was replaced.
+        place = (path.name, path.stat().st_mtime_ns, group)
+        if place not in self._groups:
+            table = pq.ParquetFile(path).read_row_group(group, columns=["image.bytes"])
+            self._groups[place] = table["image"].combine_chunks().field("bytes")
             while len(self._groups) > 1 and sum(one.nbytes for one in self._groups.values()) > CACHE_BYTES:
                 self._groups.popitem(last=False)
-        self._groups.move_to_end((number, group))
-        return self._groups[number, group]
+        self._groups.move_to_end(place)
+        return self._groups[place]
 
     def _name(self, label: int | None) -> str | None:
         if label is None:
             return None
-        return self.class_names[label] if self.class_names else str(label)
+        names = self.class_names or ()
+        return names[label] if 0 <= label < len(names) else str(label)
+
+
+def _checked_schema(path: Path) -> pa.Schema:
+    try:
+        schema = pq.read_schema(path)
+    except pa.ArrowInvalid as error:
+        raise SourceError(f"dataset.path: {path.name} is not Parquet: {error}") from error
+    types = dict(zip(schema.names, schema.types, strict=True))
+    image, label = types.get("image"), types.get("label", pa.int64())
+    if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+        raise SourceError(
+            f"dataset.path: expected the columns image: struct<bytes, path> and label in {path.name}, "
+            f"got {schema.names}"
+        )
+    if not pa.types.is_integer(label):
+        raise SourceError(f"dataset.path: expected label: integers in {path.name}, got {label}")
+    return schema

@@ -191,7 +191,7 @@ def test_a_run_without_metrics_concepts_and_most_images(pictures, store):
     study = study_of(
         pictures,
         store,
-        dataset={"kind": "folder", "path": str(pictures), "limit": 1},
+        dataset={"kind": "folder", "path": str(pictures), "limit": 1, "order_seed": 3},
         metrics=[],
         concepts={},
         methods=["grad_cam"],
@@ -227,6 +227,7 @@ def test_missing_masks_leave_gaps_and_rows(pictures, store, tmp_path):
         parts={"parser": "masks"},
         methods=["grad_cam", "kl_hessian"],
         concepts={},
+        run={"shard_size": 8, "max_bad_fraction": 1},
     )
     shown = html.unescape(body_of(render(run_study(study))))
     assert shown.count(">no parts<") == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -71,7 +72,7 @@ def pixel_groups(map_: np.ndarray) -> tuple[list[np.ndarray], list[float]]:
     order = [divmod(index, SIZE) for _, index in pixels]
     counts = [math.floor(t * len(order) / STEPS) for t in range(STEPS // 2 + 1)]
     counts += [len(order) - counts[STEPS - t] for t in range(STEPS // 2 + 1, STEPS + 1)]
-    groups = [np.array(order[a:b]).reshape(-1, 2) for a, b in zip(counts, counts[1:], strict=False)]
+    groups = [np.array(order[a:b]).reshape(-1, 2) for a, b in itertools.pairwise(counts)]
     return groups, [count / len(order) for count in counts]
 
 
