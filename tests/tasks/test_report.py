@@ -76,7 +76,11 @@ def study_of(pictures, store, **changes):
 def run_study(study):
     """The whole chain in this process; gives back the report's context."""
     run = RunRecord(
-        study.run_id, study.config.name, study.config.identity(), {"vitrine": "0"}, created="2020-01-01T00:00:00+00:00"
+        study.run_id,
+        study.config.name,
+        study.config.identity(),
+        {"vitrine": "0"},
+        created="2020-01-01T00:00:00+00:00",
     )
     planner = Planner(study)
     for stage in STAGES.values():
@@ -194,9 +198,10 @@ def test_a_run_without_metrics_concepts_and_most_images(pictures, store):
         dataset={"kind": "folder", "path": str(pictures), "limit": 1, "order_seed": 3},
         metrics=[],
         concepts={},
-        methods=["grad_cam"],
+        methods=[{"name": "integrated_gradients", "steps": 2}],
     )
     shown = html.unescape(body_of(render(run_study(study))))
+    assert shown.count("<article") == 1
     assert "No metric has been measured" in shown
     assert "No layer was asked for" in shown
     assert 'class="plot"' not in shown
@@ -259,7 +264,9 @@ def test_mean_curves_agree_with_sql_and_with_their_metric(context):
     found = next(one for one in curves if one.method == "grad_cam")
     assert np.allclose(found.mean[::25], steps["p"].to_numpy(), atol=1e-6)
     area = np.trapezoid(found.mean, GRID)
-    means = {(row.method, row.metric): row.mean for row in leaderboard(context.store, context.work.facts["run_id"])}
+    means = {
+        (row.method, row.metric): row.mean for row in leaderboard(context.store, context.work.facts["run_id"])
+    }
     assert area == pytest.approx(means["grad_cam", "deletion[steps=4]"], abs=1e-4)
 
 
