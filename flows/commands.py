@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from storage.errors import NoStoreError, QueryError, SourceError, StoreError, StoreLockedError
 from storage.lock import exclusive
@@ -20,6 +20,7 @@ from xai_core.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from rich.console import Console
 
     from flows.study import RunResult
 
@@ -45,12 +46,10 @@ def resume_command() -> str:
 
 
 def _print_result(result: RunResult, store: Path) -> None:
-    from rich.console import Console
-
     from flows.tables import leaderboard_table
     from tasks.leaderboard import leaderboard
 
-    console = Console()
+    console = wide_console()
     rows = leaderboard(open_store(store), result.run_id)
     if rows:
         console.print(leaderboard_table(rows))
@@ -153,7 +152,6 @@ def sql(query: str | None, store: Path, rows: str, output: Path | None, timeout:
 
 def _write_rows(table: pa.Table, rows: str, output: Path | None) -> None:
     import pyarrow as pa
-    import pyarrow.csv as pacsv
     import pyarrow.parquet as pq
 
     if rows == "table" and output is None:
@@ -167,10 +165,20 @@ def _write_rows(table: pa.Table, rows: str, output: Path | None) -> None:
         pq.write_table(table, sink)
         stream.write(sink.getvalue())
     else:
-        pacsv.write_csv(table, stream)
+        _write_csv(table, stream)
     stream.flush()
     if output:
         stream.close()
+
+
+def _write_csv(table: pa.Table, stream: BinaryIO) -> None:
+    import pyarrow as pa
+    import pyarrow.csv as pacsv
+
+    try:
+        pacsv.write_csv(table, stream)
+    except pa.ArrowException as error:
+        raise QueryError(f"--format csv: {error}; cast lists and structs to text, or use json") from None
 
 
 def _cell(value: Any) -> str:
@@ -232,7 +240,6 @@ def list_things(kind: str, pattern: str | None, rows: str) -> None:
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
@@ -240,8 +247,12 @@ def _print_table(columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(one.replace("[", "\\[") for one in row))
-    # A pipe gets whole lines: wrapping belongs to terminals.
+    wide_console().print(table)
+
+
+def wide_console() -> Console:
+    """The terminal, or a wide page for a pipe: wrapping belongs to terminals."""
+    from rich.console import Console
+
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, 200))
-    console.print(table)
+    return console if console.is_terminal else Console(width=max(console.width, 200))

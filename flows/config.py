@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from tasks.config import StudyConfig
 from xai_core.errors import UsageError, nearest
+
+DEMO = Path(__file__).with_name("demo.yaml")
 
 # Paths in a file are relative to the file, so that a config works from any folder.
 PATH_KEYS = (
@@ -22,13 +25,22 @@ PATH_KEYS = (
 )
 
 
+# Pydantic's words name Python types, which YAML does not have.
+PLAIN = {
+    "tuple_type": "expected a list",
+    "dict_type": "expected a mapping of keys",
+    "model_type": "expected a mapping of keys",
+    "mapping_type": "expected a mapping of keys",
+}
+
+
 def load_config(path: Path | None, overrides: Iterable[str] = (), limit: int | None = None) -> StudyConfig:
     """The study of a config file (none: the demo) with ``key.path=value`` overrides applied.
 
     Raises:
         UsageError: an unreadable file, or keys or values that are wrong; the message names each.
     """
-    document: dict[str, Any] = {"name": "demo"} if path is None else _read(path)
+    document = _read(path or DEMO)
     for override in overrides:
         _apply(document, override)
     if limit is not None:
@@ -51,7 +63,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"config: {path} is not readable YAML: {error}") from None
     if not isinstance(document, dict):
         raise UsageError(f"config: expected a mapping of keys in {path}, got {type(document).__name__}")
-    document.setdefault("name", path.stem)
+    document.setdefault("name", re.sub(r"[^A-Za-z0-9_.+=,@-]", "_", path.stem)[:100])
     for keys in PATH_KEYS:
         _resolve(document, keys, path.resolve().parent)
     return document
@@ -112,7 +124,7 @@ def _explain(error: Any) -> str:
     where = ".".join(str(one) for one in error["loc"]) or "config"
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key; {nearest(where.split('.')[-1], _known_keys(error['loc'][:-1]))}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = PLAIN.get(error["type"], error["msg"].removeprefix("Value error, "))
     given = error["input"]
     shown = "" if error["type"] == "value_error" else f", got {given!r}"
     return f"{where}: {message}{shown}"

@@ -71,7 +71,7 @@ def _without_executor(study: Study) -> RunResult:
         def run(self, works: list[Any]) -> Iterator[Any]:
             raise RuntimeError(f"expected nothing to run, got {len(works)} units")
 
-    return _conduct(study, Nothing(), LineProgress(stream=_Silence()), tasks=False)  # type: ignore[arg-type]
+    return conduct(study, Nothing(), LineProgress(stream=_Silence()), tasks=False)  # type: ignore[arg-type]
 
 
 class _Silence:
@@ -108,7 +108,7 @@ def _as_flow(study: Study, executor: Executor) -> RunResult:
         shown = console_progress()
         try:
             progress = Several([shown, ArtifactProgress(run_id)])
-            results.append(_conduct(study, executor, progress, tasks=True))
+            results.append(conduct(study, executor, progress, tasks=True))
         finally:
             shown.close()
         _leaderboard_artifact(study)
@@ -118,7 +118,7 @@ def _as_flow(study: Study, executor: Executor) -> RunResult:
     return results[0]
 
 
-def _conduct(study: Study, executor: Executor, progress: Progress, *, tasks: bool) -> RunResult:
+def conduct(study: Study, executor: Executor, progress: Progress, *, tasks: bool) -> RunResult:
     """Runs all stages in order and keeps the run record; each stage is a Prefect task when ``tasks``."""
     book = RunBook(study)
     planner = Planner(study)

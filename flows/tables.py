@@ -15,11 +15,11 @@ def leaderboard_table(rows: Sequence[Standing]) -> Table:
     metrics = list(dict.fromkeys(row.metric for row in rows))
     cells = {(row.method, row.metric): row for row in rows}
     table = Table(title="leaderboard (mean over images)", box=box.SIMPLE_HEAD)
-    table.add_column("method")
+    table.add_column("method", overflow="fold")
     for metric in metrics:
         row = next(row for row in rows if row.metric == metric)
         arrow = "↑" if row.higher_is_better else "↓"
-        table.add_column(f"{metric} {arrow}".replace("[", "\\["), justify="right")
+        table.add_column(f"{metric} {arrow}".replace("[", "\\["), justify="right", overflow="fold")
     best = {metric: _best([row for row in rows if row.metric == metric]) for metric in metrics}
     for method in dict.fromkeys(row.method for row in rows):
         shown = [_cell(cells.get((method, metric)), best[metric]) for metric in metrics]

@@ -19,6 +19,7 @@ from storage.errors import StoreError
 from storage.files import publish_bytes, sync_file, sync_folder
 
 INNER_CHUNK = 8
+GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}).encode()
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,14 @@ class ArraySpec:
 def ensure_array(path: Path, spec: ArraySpec) -> None:
     """Creates the array's metadata, whole or not at all; an array that already stands must be the same.
 
+    Its folder becomes a Zarr group, so that xarray opens all arrays of it as one data set.
+
     Raises:
         StoreError: another array stands at this path.
     """
-    metadata = path / "zarr.json"
+    metadata, group = path / "zarr.json", path.parent / "zarr.json"
+    if not group.exists():
+        publish_bytes(group, GROUP)
     if not metadata.exists():
         publish_bytes(metadata, _metadata(spec))
     _refuse_other(metadata, spec)
@@ -89,7 +94,7 @@ def write_shard(path: Path, start: int, values: np.ndarray) -> Path:
     array = zarr.open_array(path, mode="r+", config={"write_empty_chunks": True})
     shard_rows = (array.shards or array.chunks)[0]
     stop = start + len(values)
-    if start % shard_rows or (stop != array.shape[0] and len(values) != shard_rows):
+    if start % shard_rows or stop != min(start + shard_rows, array.shape[0]):
         raise StoreError(
             f"array {path.name}: expected rows of one whole shard of {shard_rows}, got {start}..{stop}; "
             "a write inside a shard could lose another writer's rows"

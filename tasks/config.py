@@ -46,8 +46,10 @@ def _choose(registry: Registry[Any]) -> Callable[[Any], Choice]:
             return value
         if isinstance(value, str):
             value = {"name": value}
-        if not isinstance(value, Mapping) or "name" not in value:
-            raise ValueError(f"expected a {registry.kind}'s name, or a mapping with 'name' and its options")
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            raise ValueError(
+                f"expected a {registry.kind}'s name, or a mapping with 'name' and its options, got {value!r}"
+            )
         if set(value) == {"name", "options", "id"}:
             return Choice(**value)
         entry = registry.get(value["name"])
@@ -182,7 +184,8 @@ class ComputeConfig(Frozen):
 class StudyConfig(Frozen):
     """One study: a model, a data set, methods, metrics and concepts."""
 
-    name: str = "demo"
+    # Part of file names and of a Prefect name template.
+    name: str = Field(default="demo", pattern=r"^[A-Za-z0-9_ .+=,@-]{1,100}$")
     dataset: DatasetConfig = DatasetConfig()
     model: ModelConfig = ModelConfig()
     target: Literal["top1", "label"] = "top1"
@@ -201,8 +204,13 @@ class StudyConfig(Frozen):
 
     @model_validator(mode="after")
     def _distinct(self) -> StudyConfig:
-        for name, chosen in (("methods", self.methods), ("metrics", self.metrics)):
-            ids = [choice.id for choice in chosen]
+        chosen = {
+            "methods": [choice.id for choice in self.methods],
+            "metrics": [choice.id for choice in self.metrics],
+            "concepts.layers": list(self.concepts.layers),
+            "concepts.extractors": [choice.id for choice in self.concepts.extractors],
+        }
+        for name, ids in chosen.items():
             twice = sorted({one for one in ids if ids.count(one) > 1})
             if twice:
                 raise ValueError(f"{name}: {', '.join(twice)} named more than once; keep one")

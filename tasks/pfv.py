@@ -49,7 +49,8 @@ def image_seed(seed: int, digest: str) -> int:
 
 def _write_layer(context: Context, layer: str, samples: list[PfvSample], rows: np.ndarray) -> None:
     fields = {
-        "vectors": (torch.float32, ("vector", "channel")),
+        # Layers differ in width, and in one data set a dimension has one size.
+        "vectors": (torch.float32, ("vector", f"{layer}.channel")),
         "positions": (torch.int16, ("vector", "axis")),
         "relevance": (torch.float32, ("vector",)),
     }

@@ -70,7 +70,7 @@ def render(context: Context) -> str:
 
 def _dataset_name(context: Context) -> str:
     dataset = context.config.dataset
-    return f"{dataset.kind} {dataset.path}" if dataset.path else f"{dataset.kind}, seed {dataset.seed}"
+    return f"{dataset.kind} {dataset.path}" if dataset.path else f"the demo's own pictures, seed {dataset.seed}"
 
 
 def _template() -> jinja2.Template:

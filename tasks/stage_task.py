@@ -64,7 +64,8 @@ def run_stage(
     planned = planner.stage(stage)
     note_keys({one.unit: one.work.key for one in planned if one.work is not None})
     works = to_run(planned)
-    progress.begin(stage.name, len(works), sum(work.stop - work.start for work in works))
+    images = sum(work.stop - work.start for work in works) if stage.sharded else 0
+    progress.begin(stage.name, len(works), images)
     receipts, failures = _collect(executor, works, progress)
     if failures:
         raise StageError(_describe(stage, failures, len(works)))

@@ -25,7 +25,7 @@ class ParquetSource:
         self.files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         if not self.files or not self.files[0].is_file():
             raise SourceError(f"dataset.path: expected a Parquet file or a folder of them, got {path}")
-        self._schema = [_checked_schema(file) for file in self.files][0]
+        self._schema, *_ = (_checked_schema(file) for file in self.files)
         self._groups: OrderedDict[tuple[str, int, int], pa.ChunkedArray] = OrderedDict()
         if not any(pq.read_metadata(file).num_rows for file in self.files):
             raise SourceError(f"dataset.path: expected rows, found none in {path}")

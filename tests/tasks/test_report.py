@@ -36,7 +36,7 @@ METRICS = ["deletion[steps=4]", "p_insertion"]
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Two class folders, one of them hostile; a black picture, whose integrated gradients are constant; a broken one."""
+    """Two class folders, one with a hostile name; a black picture (its map is constant) and a broken one."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(0)
