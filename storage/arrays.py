@@ -91,7 +91,7 @@ def write_shard(path: Path, start: int, values: np.ndarray) -> Path:
         StoreError: the rows are not exactly one shard of the array.
     """
     # Empty chunks are written too: otherwise an all-zero map and a lost file look the same.
-    array = zarr.open_array(path, mode="r+", config={"write_empty_chunks": True})
+    array = zarr.open_array(path, mode="r+").with_config({"write_empty_chunks": True})
     shard_rows = (array.shards or array.chunks)[0]
     stop = start + len(values)
     if start % shard_rows or stop != min(start + shard_rows, array.shape[0]):
