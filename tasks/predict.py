@@ -8,6 +8,7 @@ import torch
 from storage.schema import rows_to_table
 from tasks.stage import Context, Outcome, Stage
 from tasks.worker import load_pictures, study_classifier
+from xai_core.errors import UsageError
 from xai_core.models import Classifier
 from xai_core.precision import precision_context
 
@@ -23,21 +24,11 @@ def run(context: Context) -> Outcome:
     top1 = logits.argmax(dim=1).cpu().numpy() if len(logits) else np.zeros(0, np.int64)
     targets = labels if context.config.target == "label" else top1
     names = class_names(context, model)
+    correct = _correct(context, top1, labels)
     context.commit.table("predictions", _prediction_rows(pictures.image_ids, logits, names))
-    context.commit.table(
-        "targets",
-        rows_to_table(
-            "targets",
-            {
-                "image_id": pictures.image_ids,
-                "target": targets,
-                "target_name": [names[target] for target in targets],
-                "correct": _correct(context, top1, labels),
-            },
-        ),
-    )
-    correct = int((top1 == labels).sum()) if context.work.facts["labels_are_classes"] else None
-    return Outcome(len(pictures) + len(pictures.bad), len(pictures), pictures.bad, {"correct": correct})
+    context.commit.table("targets", _target_rows(pictures.image_ids, targets, names, correct))
+    facts = {"correct": sum(map(bool, correct)) if context.work.facts["labels_are_classes"] else None}
+    return Outcome(len(pictures) + len(pictures.bad), len(pictures), pictures.bad, facts)
 
 
 def predict_logits(context: Context, model: Classifier, inputs: torch.Tensor) -> torch.Tensor:
@@ -60,10 +51,19 @@ def class_names(context: Context, model: Classifier) -> tuple[str, ...]:
 
 
 def _labels(context: Context, image_ids: np.ndarray) -> np.ndarray:
-    """The pictures' labels by manifest; -1 where there is none."""
+    """The pictures' labels by manifest; -1 where there is none.
+
+    Raises:
+        UsageError: labels are the targets and an image has none.
+    """
     manifest = context.store.read_table(context.record("manifest"), "manifest")
     label_of = dict(zip(manifest["image_id"].to_pylist(), manifest["label"].to_pylist(), strict=True))
     labels = [label_of[image_id] for image_id in image_ids.tolist()]
+    if context.config.target == "label" and None in labels:
+        raise UsageError(
+            f"target: 'label' needs a label for every image, image {image_ids[labels.index(None)]} has none; "
+            "add it, or explain the model's own prediction with target: top1"
+        )
     return np.array([-1 if label is None else label for label in labels], np.int64)
 
 
@@ -71,6 +71,20 @@ def _correct(context: Context, top1: np.ndarray, labels: np.ndarray) -> list[boo
     if not context.work.facts["labels_are_classes"]:
         return [None] * len(top1)
     return [bool(one) for one in top1 == labels]
+
+
+def _target_rows(  # type: ignore[no-untyped-def]
+    image_ids: np.ndarray, targets: np.ndarray, names: tuple[str, ...], correct: list[bool | None]
+):
+    return rows_to_table(
+        "targets",
+        {
+            "image_id": image_ids,
+            "target": targets,
+            "target_name": [names[target] for target in targets],
+            "correct": correct,
+        },
+    )
 
 
 def _prediction_rows(image_ids: np.ndarray, logits: torch.Tensor, names: tuple[str, ...]):  # type: ignore[no-untyped-def]
