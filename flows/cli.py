@@ -91,7 +91,7 @@ def _print_resume(resumable: bool) -> None:
 
 @app.command(
     epilog="Examples:  vitrine run  |  vitrine run configs/imagenet-sample.yaml --limit 64  |  "
-    "vitrine run my.yaml --set 'methods=[grad_cam]' --set run.shard_size=32"
+    "vitrine run my.yaml --set 'methods=\\[grad_cam]' --set run.shard_size=32"
 )
 def run(
     config: Config = None, store: Store = DEFAULT_STORE, overrides: Overrides = None, limit: Limit = None

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 USAGE_ERRORS = (UsageError, SourceError, QueryError, StoreLockedError, NoStoreError)
 RUN_ERRORS = (StageError, StoreError, OSError)
 
+LISTED = ("name", "families", "options", "summary")
+
 COMPLETE, FAILED, COMPLETE_WITH_QUARANTINE = 0, 1, 3
 
 
@@ -232,10 +234,15 @@ def list_things(kind: str, pattern: str | None, rows: str) -> None:
     if rows == "json":
         print(json.dumps(entries, indent=1))
         return
-    columns = (
-        [name for name in entries[0] if name in ("name", "options", "families", "summary")] if entries else []
-    )
-    _print_table(columns, [[str(entry[column]) for column in columns] for entry in entries])
+    columns = [name for name in LISTED if entries and name in entries[0]]
+    _print_table(columns, [[_listed(entry[column]) for column in columns] for entry in entries])
+
+
+def _listed(value: Any) -> str:
+    """Options as they are written in a config, anything else as it is."""
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{name}: {json.dumps(default)}" for name, default in value.items())
 
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:
