@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flows.config import load_config
 from flows.preflight import check_study, resolve_device
 from flows.versions import versions
 from storage.commits import Unit
@@ -245,15 +244,3 @@ def stopped_by_signals() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def nightly(
-    config: str | None = None,
-    store: str = "vitrine-store",
-    overrides: list[str] | None = None,
-    limit: int | None = None,
-) -> dict[str, Any]:
-    """A study as a deployment runs it: the config's path and the same choices as on the command line."""
-    chosen = load_config(Path(config) if config else None, overrides or (), limit)
-    result = run_study(chosen, Path(store))
-    return {"run_id": result.run_id, "executed": result.executed, "quarantined": result.quarantined}

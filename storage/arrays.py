@@ -16,7 +16,7 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from storage.errors import StoreError
-from storage.files import publish_bytes, sync_file, sync_folder
+from storage.files import publish_bytes, sync
 
 INNER_CHUNK = 8
 GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}).encode()
@@ -103,8 +103,8 @@ def write_shard(path: Path, start: int, values: np.ndarray) -> Path:
         raise StoreError(f"array {path.name}: expected items {array.shape[1:]}, got {values.shape[1:]}")
     array[start:stop] = values
     file = path.joinpath("c", str(start // shard_rows), *("0" for _ in array.shape[1:]))
-    sync_file(file)
-    sync_folder(file.parent)
+    sync(file)
+    sync(file.parent)
     return file
 
 

@@ -11,34 +11,13 @@ TEMPORARY = ".tmp-"
 FRESH_SECONDS = 60.0
 
 
-def sync_folder(path: Path) -> None:
-    """Makes the entries of a folder durable: a rename is only safe once its folder is synced."""
+def sync(path: Path) -> None:
+    """Makes a file's content, or a folder's entries, durable: a rename is only safe once its folder is synced."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    """Makes a file's content durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_leftovers(root: Path) -> int:
-    """Removes what killed writers left unpublished anywhere under a folder; returns how many.
-
-    Files touched within the last minute are left alone: someone may be writing them.
-    """
-    newest = time.time() - FRESH_SECONDS
-    stale = [path for path in root.rglob(f"{TEMPORARY}*") if path.stat().st_mtime < newest]
-    for path in stale:
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    return len(stale)
 
 
 def publish(path: Path, write: Callable[[Path], None]) -> None:
@@ -47,11 +26,11 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}"[:250])
     try:
         write(temporary)
-        sync_file(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def publish_bytes(path: Path, content: bytes) -> None:

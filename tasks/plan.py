@@ -164,8 +164,12 @@ def why(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _upstream_ingredient(keys: Mapping[Unit, str], *, whole: bool) -> dict[str, str]:
-    """Upstream keys by unit; a unit over all shards takes one digest of them instead of thousands."""
-    named = {str(unit): key for unit, key in sorted(keys.items())}
+    """Upstream keys by unit; a unit over all shards takes one digest of them instead of thousands.
+
+    A shard does not depend on its manifest's key, which changes when a file is touched or moved: what the
+    images are is an ingredient of its own.
+    """
+    named = {str(unit): key for unit, key in sorted(keys.items()) if whole or unit.stage != "manifest"}
     return {"all": digest_json(named)} if whole else named
 
 

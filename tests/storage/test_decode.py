@@ -1,0 +1,128 @@
+"""Decoding: every odd picture becomes upright RGB or a clear refusal."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from storage.errors import SourceError
+from storage.sources import decode_image
+from storage.sources.decode import upright_size
+from tests.conftest import picture
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size, with next to no data behind it."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP", "TIFF", "PPM"])
+def test_lossless_pictures_come_back_exactly(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    found = decode_image(encoded(picture(0), kind, **options))
+    assert found.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(picture(0)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "got 0 bytes"),
+        (b"not a picture at all", "not a readable picture: UnidentifiedImageError"),
+        (encoded(picture(0), "JPEG")[:-200], "not a readable picture: OSError"),
+        (encoded(picture(0), "JPEG")[:10], "not a readable picture"),
+        (encoded(picture(0), "PNG")[:-40], "not a readable picture"),
+        (encoded(picture(0), "PNG")[:40], "not a readable picture"),
+        (png_claiming(20_000, 20_000), r"expected at most 64000000 pixels"),
+        (png_claiming(8_001, 8_000), r"expected at most 64000000 pixels, got 8001 x 8000"),
+        (png_claiming(60_000, 1), r"expected a side at most 200 times the other, got 60000 x 1"),
+    ],
+    ids=["empty", "text", "cut jpeg", "cut head", "cut png", "cut chunk", "bomb", "huge", "strip"],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_cannot_be_used_is_refused_with_its_reason(content: bytes, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        decode_image(content)
+
+
+def test_every_cut_of_a_picture_is_refused_or_decoded_but_never_crashes() -> None:
+    for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"):
+        whole = encoded(picture(1), kind)
+        for length in range(0, len(whole), 97):
+            try:
+                decode_image(whole[:length])
+            except SourceError:
+                continue
+
+
+def test_cmyk_becomes_rgb() -> None:
+    found = decode_image(encoded(picture(0).convert("CMYK"), "JPEG", quality=95))
+    assert found.mode == "RGB"
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(picture(0)).astype(int)).mean() < 6
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    found = np.asarray(decode_image(encoded(Image.fromarray(ramp))))
+    np.testing.assert_array_equal(found[..., 0], found[..., 2])
+    assert np.abs(found[..., 0].astype(int) - (ramp >> 8).astype(int)).max() <= 1
+
+
+def test_transparency_is_laid_over_white() -> None:
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    half = Image.new("LA", (4, 4), (0, 128))
+    assert decode_image(encoded(clear)).getpixel((1, 1)) == (255, 255, 255)
+    assert decode_image(encoded(half)).getpixel((1, 1)) == (127, 127, 127)
+
+
+def test_a_palette_with_a_transparent_entry_is_laid_over_white() -> None:
+    image = Image.new("P", (4, 2), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.paste(1, (2, 0, 4, 2))
+    found = decode_image(encoded(image, "PNG", transparency=0))
+    assert found.getpixel((0, 0)) == (255, 255, 255)
+    assert found.getpixel((3, 0)) == (0, 0, 255)
+
+
+def test_exif_orientation_is_applied() -> None:
+    image = picture(3, width=40, height=24)
+    for orientation, turn in ((1, None), (3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_270)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        content = encoded(image, "PNG", exif=exif)
+        expected = image if turn is None else image.transpose(turn)
+        np.testing.assert_array_equal(np.asarray(decode_image(content)), np.asarray(expected))
+        with Image.open(io.BytesIO(content)) as opened:
+            assert upright_size(opened) == expected.size
+
+
+def test_a_picture_of_one_pixel_is_a_picture() -> None:
+    assert decode_image(encoded(Image.new("RGB", (1, 1), "red"))).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "P", "I;16", "LA"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    assert decode_image(encoded(Image.new(mode, (5, 3)))).mode == "RGB"
+
+
+def test_the_first_frame_of_an_animation_is_the_picture() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("lime", "red")]
+    content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode_image(content).getpixel((0, 0)) == (0, 255, 0)
