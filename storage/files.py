@@ -20,6 +20,18 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def remove_leftovers(root: Path) -> int:
+    """Removes what killed writers left unpublished below a folder; returns how many files and folders.
+
+    What was touched in the last minute may belong to a writer at work and is spared.
+    """
+    old = time.time() - FRESH_SECONDS
+    stale = [path for path in root.rglob(f"{TEMPORARY}*") if path.stat().st_mtime < old]
+    for path in stale:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return len(stale)
+
+
 def publish(path: Path, write: Callable[[Path], None]) -> None:
     """Lets ``write`` fill a temporary neighbour, then puts it in place: fsync, rename, fsync of the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
