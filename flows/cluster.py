@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 
 import torch
 
@@ -15,6 +17,7 @@ from tasks.stage import Work
 from xai_core.errors import UsageError
 
 MOST_LOCAL_WORKERS = 4
+CONNECT_SECONDS = 15
 
 # Dask makes glibc give memory back at every chance; a network's activations are asked for again at once,
 # and a third of the time went into clearing the same pages. Freed blocks are kept for the next batch.
@@ -89,7 +92,7 @@ def executor(compute: ComputeConfig, device: str) -> Iterator[DaskExecutor]:
 
     if compute.scheduler is not None:
         try:
-            client = Client(compute.scheduler, timeout="15s", set_as_default=False)
+            client = Client(compute.scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
             raise UsageError(f"compute.scheduler: no Dask scheduler at {compute.scheduler}: {error}") from None
         with client:
@@ -120,16 +123,33 @@ def _local_cluster(compute: ComputeConfig, device: str, workers: int):  # type: 
             "distributed.nanny.pre-spawn-environ": {**ALLOCATION, "OMP_NUM_THREADS": 1},
         }
     )
-    return LocalCluster(
-        n_workers=workers,
-        threads_per_worker=1,
-        processes=True,
-        host="127.0.0.1",
-        dashboard_address=None,
-        memory_limit=compute.memory_limit or "auto",
-        resources={"GPU": 1} if device == "cuda" else None,
-        silence_logs="ERROR",
-    )
+    with _interrupts_held():
+        return LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address=None,
+            memory_limit=compute.memory_limit or "auto",
+            resources={"GPU": 1} if device == "cuda" else None,
+            silence_logs="ERROR",
+        )
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Keeps Ctrl-C from what is started inside the block; this thread gets it afterwards.
+
+    A terminal sends it to every process. Workers that end by themselves look like a defect to Dask, which
+    prints tracebacks and starts new ones; the driver alone decides that the run is over.
+    """
+    # Python's tracker unblocks the signal where it is started: it has to run before.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _refuse_missing_resources(client: object, device: str) -> None:

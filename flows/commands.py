@@ -15,7 +15,7 @@ from storage.errors import NoStoreError, QueryError, SourceError, StoreError, St
 from storage.lock import exclusive
 from storage.store import Store, open_store
 from storage.verify import verify_store
-from tasks.stage_task import StageError
+from tasks.errors import StageError
 from xai_core.errors import UsageError, nearest
 
 if TYPE_CHECKING:

@@ -91,7 +91,8 @@ def slug(variant: str) -> str:
     if not variant:
         return "_"
     plain = re.sub(r"[^A-Za-z0-9_.=,+-]", "_", variant)[:80]
-    return plain if plain == variant else f"{plain}-{digest_bytes(variant.encode())[:8]}"
+    # "_" stands for no variant, and names of dots alone mean other folders.
+    return plain if plain == variant and plain.strip("_.") else f"{plain}-{digest_bytes(variant.encode())[:8]}"
 
 
 class CommitLog:

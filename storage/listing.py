@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
 )
 
 # Each class spreads its images evenly over [0, 1), each one jittered inside its own step: a prefix then
-# holds every class in proportion, to within one image.
+# holds every class in proportion: to within two images where classes are of equal size.
 STRATIFIED = """
 select row_number() over (order by place, shuffle, reference) - 1 as image_id, * exclude (place, shuffle)
 from (select *, (row_number() over (partition by label order by shuffle, reference) - 1 + shuffle)

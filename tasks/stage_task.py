@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from storage.commits import Unit
 from storage.store import Store
+from tasks.errors import StageError
 from tasks.execute import Failure, Receipt
 from tasks.plan import Planned, Planner, to_run
 from tasks.stage import Stage, Work
@@ -31,10 +32,6 @@ class Progress(Protocol):
 
     def end(self, stage: str, executed: int, reused: int) -> None:
         """A stage is over."""
-
-
-class StageError(RuntimeError):
-    """A stage ended with units that could not be done."""
 
 
 @dataclass(frozen=True)

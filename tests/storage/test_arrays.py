@@ -115,4 +115,3 @@ def test_xarray_opens_the_folder_with_named_dimensions(array: Path) -> None:
     assert found.shape == (22, 3, 5)
     assert found.attrs["upsampling"] == "bilinear"
     np.testing.assert_array_equal(found.values[:16], values(16))
-

@@ -46,7 +46,9 @@ def test_every_prefix_holds_every_class_in_proportion(counts: list[int], seed: i
     for length, row in enumerate(listed, start=1):
         seen[row["label"]] += 1
         for label, count in enumerate(counts):
-            assert abs(seen[label] - count * length / sum(counts)) <= 2
+            # One image for the class's own steps, and its share of one for the steps of each class.
+            allowed = 1 + len(counts) * count / sum(counts)
+            assert abs(seen[label] - count * length / sum(counts)) <= allowed + 1e-9
 
 
 def test_the_same_source_is_listed_the_same_way(tmp_path: Path) -> None:

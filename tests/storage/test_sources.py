@@ -51,7 +51,9 @@ def test_a_fingerprint_changes_with_size_and_time(tiny_folder: Path) -> None:
 
 def test_a_csv_gives_labels_and_readable_names(tiny_folder: Path, tmp_path: Path) -> None:
     classes = tmp_path / "classes.csv"
-    classes.write_text("index,folder,name\n4,plum,a plum\n\n2,apple,\"an apple, red\"\n7,kiwi,a kiwi\n0,pear,a pear\n")
+    classes.write_text(
+        'index,folder,name\n4,plum,a plum\n\n2,apple,"an apple, red"\n7,kiwi,a kiwi\n0,pear,a pear\n'
+    )
     source = FolderSource(tiny_folder, classes)
     labels = {item.reference.split("/")[0]: (item.label, item.label_name) for item in source.items()}
     assert labels == {"apple": (2, "an apple, red"), "pear": (0, "a pear"), "plum": (4, "a plum")}
@@ -110,13 +112,17 @@ def test_class_folders_that_are_not_utf8_have_a_printable_name(tmp_path: Path) -
     assert FolderSource(tmp_path / "images").read(item.reference) == b"x"
 
 
-@pytest.mark.parametrize("path", ["a/b.png", "ü/日本.png", "a b%20.png", "percent-encoded:a%41.png", "\udce9/\udcff"])
+@pytest.mark.parametrize(
+    "path", ["a/b.png", "ü/日本.png", "a b%20.png", "percent-encoded:a%41.png", "\udce9/\udcff"]
+)
 def test_references_lead_back_to_their_path(path: str) -> None:
     reference_of(path).encode("utf-8")
     assert path_of(reference_of(path)) == path
 
 
-def write_parquet(path: Path, images: list[bytes | None], labels: list[int] | None, names: list[str] | None = None):
+def write_parquet(
+    path: Path, images: list[bytes | None], labels: list[int] | None, names: list[str] | None = None
+):
     columns = {"image": [{"bytes": one, "path": None} for one in images]}
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     fields = [pa.field("image", kind)]
@@ -179,7 +185,7 @@ def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
 
 def test_broken_parquet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("not parquet")
-    with pytest.raises(SourceError, match="text.parquet is not Parquet"):
+    with pytest.raises(SourceError, match=r"text\.parquet is not Parquet"):
         ParquetSource(tmp_path / "text.parquet")
     with pytest.raises(SourceError, match="expected a Parquet file or a folder of them"):
         ParquetSource(tmp_path / "missing.parquet")

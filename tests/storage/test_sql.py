@@ -39,11 +39,18 @@ def manifest(*ids: int) -> dict[str, list[Any]]:
 
 def targets(*ids: int) -> dict[str, list[Any]]:
     count = len(ids)
-    return {"image_id": list(ids), "target": [7] * count, "target_name": ["dog"] * count, "correct": [True] * count}
+    return {
+        "image_id": list(ids),
+        "target": [7] * count,
+        "target_name": ["dog"] * count,
+        "correct": [True] * count,
+    }
 
 
 def note_run(store: Store, run_id: str, *units: tuple[Unit, str], state: str = "complete") -> None:
-    run = RunRecord(run_id, "study", {"name": "study"}, {"vitrine": "0.1"}, state, facts={"model": "vit", "images": 4})
+    run = RunRecord(
+        run_id, "study", {"name": "study"}, {"vitrine": "0.1"}, state, facts={"model": "vit", "images": 4}
+    )
     store.runs.write(run.with_keys(dict(units)))
 
 
@@ -64,7 +71,9 @@ def rows(store: Store, text: str, **limits: Any) -> list[dict[str, Any]]:
 
 
 def test_a_shard_that_two_runs_share_shows_under_both(store: Store) -> None:
-    found = rows(store, "select run_id, list(image_id order by image_id) as ids from manifest group by 1 order by 1")
+    found = rows(
+        store, "select run_id, list(image_id order by image_id) as ids from manifest group by 1 order by 1"
+    )
     assert found == [{"run_id": "large", "ids": [0, 1, 2, 3]}, {"run_id": "small", "ids": [0, 1]}]
 
 
@@ -148,7 +157,9 @@ FORBIDDEN = [
 
 
 @pytest.mark.parametrize("text", FORBIDDEN)
-def test_a_query_can_neither_read_nor_write_files_nor_change_settings(store: Store, tmp_path: Path, text: str) -> None:
+def test_a_query_can_neither_read_nor_write_files_nor_change_settings(
+    store: Store, tmp_path: Path, text: str
+) -> None:
     secret = tmp_path / "secret.csv"
     secret.write_text("word\nswordfish\n")
     committed = next((store.root / "tables" / "manifest").iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,20 @@ import numpy as np
 import pytest
 import xarray
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from storage.commits import Unit
-from tasks.stage_task import StageError
+from storage.store import open_store
+from tasks.config import StudyConfig
+from tasks.errors import StageError
+from tasks.execute import execute
+from tasks.pipeline import STAGES
+from tasks.plan import Planner, to_run
+from tasks.stage import Outcome
+from tasks.study import Study
 from tests.conftest import TINY, Ran, config_with
 from tests.storage.test_decode import png_claiming
+from xai_core.demo_models import weights_path
 from xai_core.synthetic import render
 
 Chain = Callable[[dict[str, Any], Path], Ran]
@@ -84,7 +94,12 @@ def test_every_picture_has_its_rows(ran: Ran) -> None:
 
 
 def test_nothing_that_is_stored_is_nan(ran: Ran) -> None:
-    for table, column in [("metrics", "value"), ("curves", "prob"), ("part_scores", "score"), ("concepts", "rel_l2")]:
+    for table, column in [
+        ("metrics", "value"),
+        ("curves", "prob"),
+        ("part_scores", "score"),
+        ("concepts", "rel_l2"),
+    ]:
         (found,) = ran.sql(f"select count(*) as n from {table} where {column} is null or not isfinite({column})")
         assert found == {"n": 0}, table
     for _, record in ran.store.records():
@@ -93,9 +108,7 @@ def test_nothing_that_is_stored_is_nan(ran: Ran) -> None:
 
 
 def test_metrics_lie_within_their_bounds(ran: Ran) -> None:
-    rows = ran.sql(
-        "select value, lower_bound, upper_bound from metrics join metric_info using (run_id, metric)"
-    )
+    rows = ran.sql("select value, lower_bound, upper_bound from metrics join metric_info using (run_id, metric)")
     assert rows
     assert all(row["lower_bound"] <= row["value"] <= row["upper_bound"] for row in rows)
 
@@ -106,15 +119,13 @@ def test_part_areas_add_up_to_the_picture(ran: Ran) -> None:
 
 
 def test_xarray_opens_every_stages_arrays(ran: Ran) -> None:
-    units = {unit.stage: key for unit, key in ran.store.runs.read(ran.run_id).units().items()}
+    records = {record.unit.stage: record for _, record in ran.store.records()}
     for stage in ("parts", "pfv", "attribute"):
-        unit = next(unit for unit in ran.store.runs.read(ran.run_id).units() if unit.stage == stage)
-        record = ran.store.done(unit, ran.store.runs.read(ran.run_id).units()[unit])
+        record = records[stage]
         place = next(iter(record.facts["arrays"].values()))["path"]
         opened = xarray.open_zarr((ran.store.root / place).parent, consolidated=False)
         assert opened.sizes["image"] == 8
         assert opened["valid"].values.all()
-    assert units.keys() >= {"parts", "pfv", "attribute"}
 
 
 def test_batch_size_changes_nothing(run_chain: Chain, ran: Ran, folder: Path, tmp_path: Path) -> None:
@@ -130,7 +141,9 @@ def test_shard_size_changes_nothing(run_chain: Chain, ran: Ran, folder: Path, tm
     assert_same(by_path(other), by_path(ran))
 
 
-def test_two_studies_in_one_store_share_what_they_have_in_common(run_chain: Chain, folder: Path, tmp_path: Path) -> None:
+def test_two_studies_in_one_store_share_what_they_have_in_common(
+    run_chain: Chain, folder: Path, tmp_path: Path
+) -> None:
     first = run_chain(study_of(folder), tmp_path / "store")
     both = ["grad_cam", {"name": "integrated_gradients", "steps": 2}]
     second = run_chain(study_of(folder, name="second", methods=both), tmp_path / "store")
@@ -182,14 +195,18 @@ def test_a_shard_of_nothing_but_broken_pictures_is_committed(run_chain: Chain, t
     found = run_chain(study_of(folder, run={"shard_size": 1}, concepts={"atoms": 2}), tmp_path / "store")
     assert found.quarantined == 1
     assert len({path for path, _, _ in by_path(found)}) == 2
-    assert run_chain(study_of(folder, run={"shard_size": 1}, concepts={"atoms": 2}), tmp_path / "store").counts == {}
+    assert (
+        run_chain(study_of(folder, run={"shard_size": 1}, concepts={"atoms": 2}), tmp_path / "store").counts == {}
+    )
 
 
 def test_more_broken_pictures_than_the_budget_stop_the_run(run_chain: Chain, tmp_path: Path) -> None:
     folder = drawn_folder(tmp_path / "images", 4)
     (folder / "even" / "00.png").write_bytes(b"broken")
     strict = study_of(folder, run={"max_bad_fraction": 0.2})
-    with pytest.raises(StageError, match=r"1 of 4 images were quarantined, more than run\.max_bad_fraction = 0\.2"):
+    with pytest.raises(
+        StageError, match=r"1 of 4 images were quarantined, more than run\.max_bad_fraction = 0\.2"
+    ):
         run_chain(strict, tmp_path / "store")
     with pytest.raises(StageError, match="1 of 4 images were quarantined"):
         run_chain(strict, tmp_path / "store")
@@ -213,7 +230,9 @@ def test_masks_cut_pictures_and_a_bad_mask_sets_only_its_picture_aside(run_chain
         {"path": "odd/03.png", "stage": "parts"},
     ]
     assert found.quarantined == 2
-    areas = found.sql("select path, list(area order by part_id) as areas from parts join images using (image_id) group by 1")
+    areas = found.sql(
+        "select path, list(area order by part_id) as areas from parts join images using (image_id) group by 1"
+    )
     assert sorted((row["path"], row["areas"]) for row in areas) == [
         ("even/00.png", [8192, 8192]),
         ("even/02.png", [8192, 8192]),
@@ -224,13 +243,6 @@ def test_masks_cut_pictures_and_a_bad_mask_sets_only_its_picture_aside(run_chain
 
 
 def test_a_picture_that_changes_after_it_was_listed_is_set_aside(run_chain: Chain, tmp_path: Path) -> None:
-    from storage.store import open_store
-    from tasks.config import StudyConfig
-    from tasks.execute import execute
-    from tasks.pipeline import STAGES
-    from tasks.plan import Planner, to_run
-    from tasks.study import Study
-
     folder = drawn_folder(tmp_path / "images", 4)
     study = Study(StudyConfig.model_validate(study_of(folder)), open_store(tmp_path / "store", create=True))
     planner = Planner(study)
@@ -247,16 +259,6 @@ def test_a_picture_that_changes_after_it_was_listed_is_set_aside(run_chain: Chai
 
 
 def test_a_stage_that_loses_an_image_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
-    from storage.store import open_store
-    from tasks.config import StudyConfig
-    from tasks.execute import execute
-    from tasks.pipeline import STAGES
-    from tasks.plan import Planner, to_run
-    from tasks.stage import Outcome
-    from tasks.study import Study
-
     monkeypatch.setitem(STAGES, "manifest", replace(STAGES["manifest"], run=lambda context: Outcome(4, 3)))
     study = Study(StudyConfig.model_validate(TINY), open_store(tmp_path / "store", create=True))
     work, *_ = to_run(Planner(study).stage(STAGES["manifest"]))
@@ -266,13 +268,6 @@ def test_a_stage_that_loses_an_image_is_not_committed(tmp_path: Path, monkeypatc
 
 
 def test_a_unit_is_executed_once_however_often_it_is_sent(tmp_path: Path) -> None:
-    from storage.store import open_store
-    from tasks.config import StudyConfig
-    from tasks.execute import execute
-    from tasks.pipeline import STAGES
-    from tasks.plan import Planner, to_run
-    from tasks.study import Study
-
     study = Study(StudyConfig.model_validate(TINY), open_store(tmp_path / "store", create=True))
     work, *_ = to_run(Planner(study).stage(STAGES["manifest"]))
     first, second = execute(work), execute(work)
@@ -282,10 +277,6 @@ def test_a_unit_is_executed_once_however_often_it_is_sent(tmp_path: Path) -> Non
 
 def test_a_constant_model_leaves_undefined_values_null_and_maps_zero(run_chain: Chain, tmp_path: Path) -> None:
     """A model whose head is all zeros: every map is zero, and no value is NaN."""
-    from safetensors.torch import load_file, save_file
-
-    from xai_core.demo_models import weights_path
-
     weights = load_file(weights_path("vitrine_demo_vit"))
     weights = {name: tensor * 0 if name.startswith("head.") else tensor for name, tensor in weights.items()}
     save_file(weights, tmp_path / "w.safetensors")

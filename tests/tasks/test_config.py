@@ -83,7 +83,9 @@ def test_every_default_is_what_the_documents_say() -> None:
 
 
 def test_a_dumped_config_reads_back_as_itself() -> None:
-    config = load_config(None, ["methods=[{name: kl_hessian, epsilon: 0.3}]", "parts.backbone=vitrine_demo_resnet"])
+    config = load_config(
+        None, ["methods=[{name: kl_hessian, epsilon: 0.3}]", "parts.backbone=vitrine_demo_resnet"]
+    )
     assert StudyConfig.model_validate(config.model_dump(mode="json")) == config
     assert StudyConfig.model_validate_json(config.model_dump_json()) == config
 
@@ -147,7 +149,10 @@ def test_all_wrong_keys_are_told_at_once() -> None:
 
 def test_a_file_names_the_study_and_anchors_its_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sub").mkdir()
-    document = {"dataset": {"kind": "folder", "path": "../images"}, "model": {"name": "m", "checkpoint": "w.safetensors"}}
+    document = {
+        "dataset": {"kind": "folder", "path": "../images"},
+        "model": {"name": "m", "checkpoint": "w.safetensors"},
+    }
     (tmp_path / "sub" / "my study.yaml").write_text(yaml.safe_dump(document))
     monkeypatch.chdir(tmp_path)
     config = load_config(Path("sub/my study.yaml"), ["dataset.masks=masks"], limit=5)

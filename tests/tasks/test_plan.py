@@ -22,7 +22,16 @@ from tests.conftest import TINY, Ran, config_with, write_folder
 from xai_core.demo_models import weights_path
 
 Chain = Callable[[dict[str, Any], Path], Ran]
-ALL = {"manifest": 3, "predict": 3, "parts": 3, "pfv": 3, "dictionary": 1, "attribute": 9, "metrics": 9, "report": 1}
+ALL = {
+    "manifest": 3,
+    "predict": 3,
+    "parts": 3,
+    "pfv": 3,
+    "dictionary": 1,
+    "attribute": 9,
+    "metrics": 9,
+    "report": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +53,9 @@ def plan(document: dict[str, Any], root: Path) -> list[Planned]:
 def due(planned: list[Planned]) -> dict[tuple[str, str], str]:
     """Reason and detail of what would run, by stage and variant."""
     return {
-        (one.unit.stage, one.unit.variant): f"{one.reason}: {one.detail}" for one in planned if one.reason is not None
+        (one.unit.stage, one.unit.variant): f"{one.reason}: {one.detail}"
+        for one in planned
+        if one.reason is not None
     }
 
 
@@ -145,7 +156,9 @@ def test_a_cut_commit_record_counts_as_not_done(run_chain: Chain, copy: Path) ->
     assert run_chain(TINY, copy).counts == {"attribute": 1}
 
 
-def test_a_limit_takes_a_prefix_whose_shards_the_whole_set_reuses(run_chain: Chain, base: Ran, tmp_path: Path) -> None:
+def test_a_limit_takes_a_prefix_whose_shards_the_whole_set_reuses(
+    run_chain: Chain, base: Ran, tmp_path: Path
+) -> None:
     small = run_chain(config_with(TINY, dataset={"limit": 8}), tmp_path / "store")
     assert small.counts["metrics"] == 6
     whole = run_chain(TINY, tmp_path / "store")
