@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,33 @@ def test_a_second_run_has_nothing_to_do_and_starts_no_server(
     assert executions(again.stderr) == 0
     assert commits(place / "store") == before
     assert not (place / "store" / "prefect").exists() or not list((place / "store" / "prefect").iterdir())
+
+
+def test_prefect_shows_a_task_a_stage_and_the_leaderboard(
+    first: subprocess.CompletedProcess[str], prefect_api: str
+) -> None:
+    stages = ["manifest", "predict", "parts", "pfv", "dictionary", "attribute", "metrics", "report"]
+    run_id = next(line.split()[1] for line in first.stdout.splitlines() if line.startswith("run "))
+    (flow_run,) = asked(prefect_api, "flow_runs", flow_runs={"name": {"any_": [run_id]}})
+    assert flow_run["state_type"] == "COMPLETED"
+    mine = {"flow_run_id": {"any_": [flow_run["id"]]}}
+    tasks = asked(prefect_api, "task_runs", task_runs=mine)
+    assert sorted(task["name"].rsplit("-", 1)[0] for task in tasks) == sorted(stages)
+    artifacts = {one["key"]: one for one in asked(prefect_api, "artifacts", artifacts=mine)}
+    assert set(artifacts) == {*stages, "leaderboard"}
+    assert all(artifacts[stage]["data"] == 100.0 for stage in stages)
+    assert "kl_hessian" in artifacts["leaderboard"]["data"]
+
+
+def asked(url: str, what: str, **filters: object) -> list[dict]:
+    """What the Prefect API holds of a kind."""
+    request = urllib.request.Request(
+        f"{url}/{what}/filter",
+        data=json.dumps(filters).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
 
 
 QUERY = "select method, metric, count(*) as n from metrics group by all order by all"
