@@ -88,7 +88,7 @@ def executor(compute: ComputeConfig, device: str) -> Iterator[DaskExecutor]:
     Raises:
         UsageError: a scheduler that cannot be reached, or whose workers have no GPU where one is asked for.
     """
-    from distributed import Client
+    from distributed import Client, fire_and_forget
 
     if compute.scheduler is not None:
         try:
@@ -101,7 +101,14 @@ def executor(compute: ComputeConfig, device: str) -> Iterator[DaskExecutor]:
         return
     workers = local_workers(compute, device)
     with _local_cluster(compute, device, workers) as cluster, Client(cluster, set_as_default=False) as client:
+        for address in cluster.scheduler_info["workers"]:
+            fire_and_forget(client.submit(warm_up, workers=[address], pure=False))
         yield DaskExecutor(client, Placement(device, max(1, _cores() // workers)))
+
+
+def warm_up() -> None:
+    """Imports in a worker what its first unit needs, while the driver still waits for the API server."""
+    import timm  # noqa: F401
 
 
 def local_workers(compute: ComputeConfig, device: str) -> int:

@@ -99,6 +99,19 @@ class LineProgress:
         print(line, file=self._stream, flush=True)
 
 
+class NoProgress:
+    """Says nothing: there is nothing to do."""
+
+    def begin(self, stage: str, units: int, images: int) -> None:
+        """Nothing."""
+
+    def advance(self, receipt: Receipt) -> None:
+        """Nothing."""
+
+    def end(self, stage: str, executed: int, reused: int) -> None:
+        """Nothing."""
+
+
 class ArtifactProgress:
     """A progress artifact per stage in Prefect; a trouble there never stops the run, truth is in the store."""
 

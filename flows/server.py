@@ -63,6 +63,7 @@ class LocalServer:
 
     def stop(self) -> None:
         """Ends the server."""
+        self._process.terminate()
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from flows.preflight import check_study, resolve_device
+from flows.progress import NoProgress
 from flows.versions import versions
 from storage.commits import Unit
 from storage.lock import exclusive
 from storage.runs import RunRecord, now
 from storage.store import Store, open_store
 from tasks.config import StudyConfig
+from tasks.execute import Failure, Receipt
 from tasks.leaderboard import leaderboard, leaderboard_markdown
 from tasks.pipeline import STAGES
 from tasks.plan import Planned, Planner
+from tasks.stage import Work
 from tasks.stage_task import Executor, Progress, StageSummary, run_stage, stage_task
 from tasks.study import Study
 from xai_core.registry import methods, metrics
@@ -52,8 +55,7 @@ def run_study(config: StudyConfig, store_path: Path) -> RunResult:
     with exclusive(store.lock_path), stopped_by_signals():
         study = Study(config, store)
         if nothing_to_do(Planner(study).all()):
-            return _without_executor(study)
-        check_study(study)
+            return conduct(study, NothingToRun(), NoProgress(), tasks=False)
         return _orchestrate(study)
 
 
@@ -62,38 +64,26 @@ def nothing_to_do(planned: list[Planned]) -> bool:
     return all(one.reason is None for one in planned)
 
 
-def _without_executor(study: Study) -> RunResult:
-    """Books a run whose every unit is done already, its own or another run's."""
-    from flows.progress import LineProgress
+class NothingToRun:
+    """The executor of a run whose every unit is done already, its own or another run's."""
 
-    class Nothing:
-        def run(self, works: list[Any]) -> Iterator[Any]:
-            raise RuntimeError(f"expected nothing to run, got {len(works)} units")
-
-    return conduct(study, Nothing(), LineProgress(stream=_Silence()), tasks=False)  # type: ignore[arg-type]
-
-
-class _Silence:
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
+    def run(self, works: list[Work]) -> Iterator[Receipt | Failure]:
+        """Refuses: it is only handed out where a plan was empty."""
+        raise RuntimeError(f"expected nothing to run, got {len(works)} units")
 
 
 def _orchestrate(study: Study) -> RunResult:
-    """Starts the API server and the cluster side by side, then runs the flow."""
+    """Checks the study and starts the cluster while the API server boots, then runs the flow."""
     from flows.cluster import executor
     from flows.server import prefect_api
 
-    device = resolve_device(study.config.run.device)
-    with (
-        prefect_api(study.store.root / PREFECT_FOLDER) as server,
-        executor(study.config.compute, device) as dask,
-    ):
-        if server is not None:
-            server.wait()
-        return _as_flow(study, dask)
+    with prefect_api(study.store.root / PREFECT_FOLDER) as server:
+        check_study(study)
+        device = resolve_device(study.config.run.device)
+        with executor(study.config.compute, device) as dask:
+            if server is not None:
+                server.wait()
+            return _as_flow(study, dask)
 
 
 def _as_flow(study: Study, executor: Executor) -> RunResult:
