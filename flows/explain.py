@@ -13,8 +13,7 @@ from flows.config import load_config
 from storage.errors import SourceError
 from storage.sources import decode_image
 from tasks.config import Choice, StudyConfig, options_of
-from tasks.execute import resolve_device
-from tasks.worker import classifier
+from tasks.worker import classifier, resolve_device
 from xai_core.attribution import attribute, paint_parts, score_parts
 from xai_core.attribution.interface import check_family
 from xai_core.errors import UsageError

@@ -13,7 +13,7 @@ from tasks.config import Choice, ModelConfig, StudyConfig, options_of
 from tasks.parts import mask_path
 from tasks.sources import open_source
 from tasks.study import Study
-from tasks.worker import classifier
+from tasks.worker import classifier, resolve_device
 from xai_core.attribution.interface import check_family
 from xai_core.concepts import check_layer
 from xai_core.errors import UsageError
@@ -46,19 +46,6 @@ def check_study(study: Study) -> None:
         )
     if config.parts.parser.name == "masks":
         _check_masks(study)
-
-
-def resolve_device(device: str) -> str:
-    """The device kind that ``auto`` stands for here.
-
-    Raises:
-        UsageError: a GPU is asked for and none is there.
-    """
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("run.device: expected a CUDA device, found none; set run.device to auto or cpu")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _check_method(model: Classifier, choice: Choice) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flows.preflight import check_study, resolve_device
+from flows.preflight import check_study
 from flows.progress import NoProgress
 from flows.versions import versions
 from storage.commits import Unit
@@ -24,6 +24,7 @@ from tasks.plan import Planned, Planner
 from tasks.stage import Work
 from tasks.stage_task import Executor, Progress, StageSummary, run_stage, stage_task
 from tasks.study import Study
+from tasks.worker import resolve_device
 from xai_core.registry import methods, metrics
 
 PREFECT_FOLDER = "prefect"

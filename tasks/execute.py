@@ -47,7 +47,7 @@ def execute(work: Work, device: str = "cpu") -> Receipt:
         return Receipt(work.unit, done.facts["images"], done.facts["ok"], done.facts["quarantined"], 0.0, False)
     started = time.perf_counter()
     commit = store.begin(work.unit, work.key, work.ingredients)
-    context = Context(work, store, commit, resolve_device(device))
+    context = Context(work, store, commit, device)
     outcome = STAGES[work.unit.stage].run(context)
     _reconcile(work.unit, outcome)
     _write_quarantine(context, outcome)
@@ -63,13 +63,6 @@ def execute(work: Work, device: str = "cpu") -> Receipt:
         }
     )
     return Receipt(work.unit, outcome.images, outcome.ok, len(outcome.bad), seconds)
-
-
-def resolve_device(device: str) -> str:
-    """``auto`` is the GPU where there is one."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _reconcile(unit: Unit, outcome: Outcome) -> None:

@@ -16,6 +16,7 @@ from storage.sources import decode_image
 from tasks.config import ModelConfig
 from tasks.sources import open_source
 from tasks.stage import Bad, Context
+from xai_core.errors import UsageError
 from xai_core.models import Classifier, load_classifier
 
 # Shards whose pictures stay in memory: the methods of one shard run one after the other.
@@ -26,6 +27,17 @@ KEPT_SHARDS = 2
 def classifier(config_json: str, device: str) -> Classifier:
     """The model of a config, built once per process; only its spec ever travels."""
     return load_classifier(ModelConfig.model_validate_json(config_json).spec(), device)
+
+
+def resolve_device(device: str) -> str:
+    """The device kind that ``auto`` stands for here.
+
+    Raises:
+        UsageError: a GPU is asked for and none is there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("run.device: expected a CUDA device, found none; set run.device to auto or cpu")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def study_classifier(context: Context) -> Classifier:
