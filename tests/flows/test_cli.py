@@ -81,7 +81,7 @@ def test_prefect_shows_a_task_a_stage_and_the_leaderboard(
     artifacts = {one["key"]: one for one in asked(prefect_api, "artifacts", artifacts=mine)}
     assert set(artifacts) == {*stages, "leaderboard"}
     assert all(artifacts[stage]["data"] == 100.0 for stage in stages)
-    assert "kl_hessian" in artifacts["leaderboard"]["data"]
+    assert r"kl\_hessian" in artifacts["leaderboard"]["data"]
 
 
 def asked(url: str, what: str, **filters: object) -> list[dict]:
