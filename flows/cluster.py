@@ -21,7 +21,7 @@ CONNECT_SECONDS = 15
 
 # Dask makes glibc give memory back at every chance; a network's activations are asked for again at once,
 # and a third of the time went into clearing the same pages. Freed blocks are kept for the next batch.
-ALLOCATION = {"MALLOC_TRIM_THRESHOLD_": 1 << 29, "MALLOC_MMAP_THRESHOLD_": 1 << 25, "MALLOC_ARENA_MAX": 2}
+ALLOCATION = {"MALLOC_TRIM_THRESHOLD_": 1 << 28, "MALLOC_MMAP_THRESHOLD_": 1 << 25, "MALLOC_ARENA_MAX": 2}
 
 
 @dataclass(frozen=True)
