@@ -17,6 +17,8 @@ BENCHMARKS = (
     ("kl_hessian", "benchmarks.kl_hessian", True),
     ("precision", "benchmarks.precision", True),
     ("resume", "benchmarks.resume", False),
+    ("store", "benchmarks.store", False),
+    ("sql", "benchmarks.sql", False),
     ("orchestration", "benchmarks.orchestration", False),
 )
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from flows import commands
+from flows import commands, maintenance, quarantine_command, sql_command
 
 app = typer.Typer(
     name="vitrine",
@@ -124,24 +124,84 @@ def verify(
 ) -> None:
     """Hash every committed object; --repair makes the next run redo the damaged ones."""
     with exit_codes():
-        raise typer.Exit(commands.verify(store, repair))
+        raise typer.Exit(maintenance.verify(store, repair))
+
+
+@app.command(epilog="Example:  vitrine delete demo-0d45ffc2af && vitrine gc --delete")
+def delete(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, as `vitrine status` prints it.")],
+    store: Store = DEFAULT_STORE,
+) -> None:
+    """Forget a run; what other runs share with it stays whole, the rest is left to `gc`."""
+    with exit_codes():
+        maintenance.delete(run, store)
+
+
+@app.command(epilog="Examples:  vitrine gc  |  vitrine gc --delete")
+def gc(
+    store: Store = DEFAULT_STORE,
+    really: Annotated[bool, typer.Option("--delete", help="Remove it; without this it is only listed.")] = False,
+) -> None:
+    """List what no run refers to any more (a dry run); --delete removes it."""
+    with exit_codes():
+        maintenance.gc(store, really)
 
 
 @app.command(
-    epilog="Example:  vitrine sql \"select method, avg(value) from metrics where metric = 'deletion' "
-    'group by method" --format csv'
+    epilog="Examples:  vitrine sql --tables  |  vitrine sql 'from leaderboard'  |  "
+    "vitrine sql \"from worst_images where method = 'kl_hessian'\" -o worst.csv"
 )
 def sql(
-    query: Annotated[str | None, typer.Argument(help="A SQL query in DuckDB's dialect.")] = None,
+    query: Annotated[str | None, typer.Argument(help="One SQL query in DuckDB's dialect.")] = None,
     store: Store = DEFAULT_STORE,
-    rows: Annotated[RowFormat, typer.Option("--format", help="How rows are printed.")] = RowFormat.table,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to a file instead.")] = None,
+    run: Annotated[
+        list[str] | None, typer.Option("--run", help="Only this run (repeatable); by default all.")
+    ] = None,
+    rows: Annotated[
+        RowFormat | None,
+        typer.Option(
+            "--format",
+            help="By default what the suffix of -o says, else table (at most 1000 rows). JSON has null for NaN and "
+            "infinities.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write to a file instead, whole or not at all.")
+    ] = None,
+    tables: Annotated[
+        bool, typer.Option("--tables", help="List tables and views, with what they hold.")
+    ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds after which the query is stopped.")] = 60.0,
-    tables: Annotated[bool, typer.Option("--tables", help="List what can be queried.")] = False,
+    memory: Annotated[
+        str, typer.Option(help="Memory that the query, and once more its result, may take.")
+    ] = "1GB",
+    threads: Annotated[int, typer.Option(help="Threads that the query may use.")] = 2,
 ) -> None:
-    """Ask a question of the results; queries can neither write nor reach outside the store."""
+    """Ask a question of the results; a query can neither write nor reach outside the store."""
     with exit_codes():
-        commands.sql(query, store, rows.value, output, timeout, tables)
+        sql_command.sql(
+            query,
+            store,
+            format=rows.value if rows else None,
+            output=output,
+            runs=run or [],
+            tables=tables,
+            timeout=timeout,
+            memory=memory,
+            threads=threads,
+        )
+
+
+@app.command(epilog="Example:  vitrine quarantine --format csv -o set-aside.csv")
+def quarantine(
+    store: Store = DEFAULT_STORE,
+    run: Run = None,
+    rows: Annotated[RowFormat | None, typer.Option("--format", help="How rows are printed.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to a file instead.")] = None,
+) -> None:
+    """List the images that a run set aside, with the stage and the reason."""
+    with exit_codes():
+        quarantine_command.quarantine(store, run, rows.value if rows else None, output)
 
 
 @app.command(epilog="Example:  vitrine report -o study.html")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import resource_tracker
 
 import torch
 
+from flows.dispatch import DaskExecutor, Placement
 from tasks.config import ComputeConfig
-from tasks.execute import Failure, Receipt, execute
-from tasks.stage import Work
 from xai_core.errors import UsageError
 
 MOST_LOCAL_WORKERS = 4
@@ -24,66 +22,13 @@ CONNECT_SECONDS = 15
 ALLOCATION = {"MALLOC_TRIM_THRESHOLD_": 1 << 28, "MALLOC_MMAP_THRESHOLD_": 1 << 25, "MALLOC_ARENA_MAX": 2}
 
 
-@dataclass(frozen=True)
-class Placement:
-    """What every worker is told: its device kind and how many threads its arithmetic may use."""
-
-    device: str
-    threads: int
-
-
-def run_on_worker(work: Work, placement: Placement) -> Receipt:
-    """Runs one unit inside a Dask worker, on the worker's own GPU where there are several."""
-    torch.set_num_threads(placement.threads)
-    return execute(work, _own_device(placement.device))
-
-
-def _own_device(device: str) -> str:
-    if device != "cuda" or torch.cuda.device_count() < 2:
-        return device
-    from distributed import get_worker
-
-    name = str(get_worker().name)
-    return f"cuda:{int(name) % torch.cuda.device_count()}" if name.isdigit() else device
-
-
-class DaskExecutor:
-    """Runs works on a Dask cluster; see ``tasks.stage_task.Executor``."""
-
-    def __init__(self, client: object, placement: Placement) -> None:
-        self._client = client
-        self._placement = placement
-
-    def run(self, works: list[Work]) -> Iterator[Receipt | Failure]:
-        """Submits all works and yields each result as it comes; futures are released at once."""
-        from distributed import as_completed
-
-        # Order by priority: Dask would otherwise be free to interleave the methods of many shards.
-        futures = {
-            self._client.submit(  # type: ignore[attr-defined]
-                run_on_worker,
-                work,
-                self._placement,
-                pure=False,
-                priority=-position,
-                resources={"GPU": 1} if self._placement.device == "cuda" else None,
-            ): work
-            for position, work in enumerate(works)
-        }
-        try:
-            for future in as_completed(list(futures), loop=self._client.loop):  # type: ignore[attr-defined]
-                work = futures.pop(future)
-                error = future.exception()
-                yield future.result() if error is None else Failure(work.unit, _one_line(error))
-                future.release()
-        finally:
-            for future in futures:
-                future.cancel()
-
-
 @contextmanager
-def executor(compute: ComputeConfig, device: str) -> Iterator[DaskExecutor]:
+def executor(
+    compute: ComputeConfig, device: str, check: Callable[[], None] = lambda: None
+) -> Iterator[DaskExecutor]:
     """A cluster for the block: the one at ``compute.scheduler``, or a local one that ends with it.
+
+    ``check`` is called about once a second while results are awaited; what it raises ends the run.
 
     Raises:
         UsageError: a scheduler that cannot be reached, or whose workers have no GPU where one is asked for.
@@ -97,13 +42,13 @@ def executor(compute: ComputeConfig, device: str) -> Iterator[DaskExecutor]:
             raise UsageError(f"compute.scheduler: no Dask scheduler at {compute.scheduler}: {error}") from None
         with client:
             _refuse_missing_resources(client, device)
-            yield DaskExecutor(client, Placement(device, torch.get_num_threads()))
+            yield DaskExecutor(client, Placement(device, torch.get_num_threads()), check)
         return
     workers = local_workers(compute, device)
     with _local_cluster(compute, device, workers) as cluster, Client(cluster, set_as_default=False) as client:
         for address in cluster.scheduler_info["workers"]:
             fire_and_forget(client.submit(warm_up, workers=[address], pure=False))
-        yield DaskExecutor(client, Placement(device, max(1, _cores() // workers)))
+        yield DaskExecutor(client, Placement(device, max(1, _cores() // workers)), check)
 
 
 def warm_up() -> None:
@@ -173,8 +118,3 @@ def _refuse_missing_resources(client: object, device: str) -> None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"

@@ -7,19 +7,15 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from storage.errors import NoStoreError, QueryError, SourceError, StoreError, StoreLockedError
-from storage.lock import exclusive
 from storage.store import Store, open_store
-from storage.verify import verify_store
 from tasks.errors import StageError
 from xai_core.errors import UsageError, nearest
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from rich.console import Console
 
     from flows.study import RunResult
@@ -29,6 +25,9 @@ RUN_ERRORS = (StageError, StoreError, OSError)
 
 LISTED = ("name", "families", "options", "summary")
 
+# Less than a report: whatever failed, this is why.
+LITTLE_ROOM = 8 << 20
+
 COMPLETE, FAILED, COMPLETE_WITH_QUARANTINE = 0, 1, 3
 
 
@@ -37,9 +36,19 @@ def run(config: Path | None, store: Path, overrides: list[str], limit: int | Non
     from flows.config import load_config
     from flows.study import run_study
 
-    result = run_study(load_config(config, overrides, limit), store)
+    try:
+        result = run_study(load_config(config, overrides, limit), store)
+    except (StageError, OSError, StoreError) as error:
+        if not isinstance(error, StoreLockedError | NoStoreError) and (room := _free(store)) < LITTLE_ROOM:
+            raise StoreError(f"{error}; the disk of {store} has {room >> 10} KiB left: make room") from error
+        raise
     _print_result(result, store)
     return COMPLETE_WITH_QUARANTINE if result.quarantined else COMPLETE
+
+
+def _free(path: Path) -> int:
+    """Bytes that are free on the disk of a path, whether or not the path is there yet."""
+    return shutil.disk_usage(next(one for one in (path, *path.resolve().parents) if one.exists())).free
 
 
 def resume_command() -> str:
@@ -59,8 +68,8 @@ def _print_result(result: RunResult, store: Path) -> None:
         console.print("nothing to do: everything was done before", highlight=False)
     if result.quarantined:
         console.print(
-            f"{result.quarantined} images quarantined: vitrine sql 'select path, stage, message from quarantine' "
-            f"--store {store}",
+            f"{result.quarantined} images quarantined, listed by: "
+            f"{shlex.join(['vitrine', 'quarantine', '--store', str(store), '--run', result.run_id])}",
             highlight=False,
             soft_wrap=True,
         )
@@ -121,72 +130,6 @@ def status(store: Path) -> None:
 def _done_of(store: Store, units: dict[Any, str]) -> str:
     done = sum(store.done(unit, key) is not None for unit, key in units.items())
     return f"{done}/{len(units)}"
-
-
-def verify(store: Path, repair: bool) -> int:
-    """Hashes every committed object and prints the bad ones; returns 1 where some remain."""
-    opened = open_store(store)
-    with exclusive(opened.lock_path) if repair else nullcontext():
-        checked, damage = verify_store(opened, repair=repair)
-    for one in damage:
-        print(f"{one.kind}: {one.path} ({one.unit})")
-    if not damage:
-        print(f"{checked} objects are whole")
-        return COMPLETE
-    print(
-        f"{len(damage)} of {checked} objects are damaged; "
-        + ("their commits were dropped: run again to redo them" if repair else "drop their commits with --repair")
-    )
-    return COMPLETE if repair else FAILED
-
-
-def sql(query: str | None, store: Path, rows: str, output: Path | None, timeout: float, tables: bool) -> None:
-    """Prints or writes the rows of a query."""
-    from storage import sql as engine
-
-    opened = open_store(store)
-    if tables or query is None:
-        print("\n".join(engine.table_names()))
-        return
-    result = engine.query(opened, query, timeout=timeout)
-    _write_rows(result, rows, output)
-
-
-def _write_rows(table: pa.Table, rows: str, output: Path | None) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if rows == "table" and output is None:
-        _print_table(table.column_names, [[_cell(v) for v in row.values()] for row in table.to_pylist()])
-        return
-    stream = output.open("wb") if output else sys.stdout.buffer
-    if rows == "json":
-        stream.write(json.dumps(table.to_pylist(), default=str, indent=1).encode() + b"\n")
-    elif rows == "parquet":
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        stream.write(sink.getvalue())
-    else:
-        _write_csv(table, stream)
-    stream.flush()
-    if output:
-        stream.close()
-
-
-def _write_csv(table: pa.Table, stream: BinaryIO) -> None:
-    import pyarrow as pa
-    import pyarrow.csv as pacsv
-
-    try:
-        pacsv.write_csv(table, stream)
-    except pa.ArrowException as error:
-        raise QueryError(f"--format csv: {error}; cast lists and structs to text, or use json") from None
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "null"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def report(store: Path, run: str | None, output: Path | None) -> None:

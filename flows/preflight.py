@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from storage.sources.decode import upright_size
-from storage.sources.folder import path_of
+from storage.sources.folder import open_file, path_of
 from tasks.config import Choice, ModelConfig, StudyConfig, options_of
 from tasks.parts import mask_path
 from tasks.sources import open_source
@@ -91,7 +91,7 @@ def _check_mask(folder: Path, images: Path, reference: str) -> None:
     if not path.is_file():
         raise UsageError(f"dataset.masks: expected a mask for every image, got none at {path}")
     try:
-        with Image.open(images / path_of(reference)) as picture:
+        with open_file(images / path_of(reference)) as stream, Image.open(stream) as picture:
             expected = upright_size(picture)
     except Exception:
         return  # A broken image is set aside when it is read; its mask is not to blame.

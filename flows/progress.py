@@ -12,6 +12,7 @@ from tasks.stage_task import Progress
 
 LINE_SECONDS = 10.0
 ARTIFACT_SECONDS = 3.0
+WAITING = "waiting"
 
 
 class BarProgress:
@@ -45,6 +46,12 @@ class BarProgress:
         rate = self._images / max(time.monotonic() - self._started, 1e-9)
         self._bars.update(self._bar, advance=1, rate=f"{rate:.1f} images/s" if self._images else "")
 
+    def wait(self, reason: str) -> None:
+        """Says in the bar that it waits; the reason stands above it, once."""
+        if self._bars.tasks[self._bar].fields["rate"] != WAITING:
+            self._bars.console.print(f"waiting: {reason}", highlight=False, soft_wrap=True)
+            self._bars.update(self._bar, rate=WAITING)
+
     def end(self, stage: str, executed: int, reused: int) -> None:
         """Fills the bar; says so when there was nothing to do."""
         self._bars.update(self._bar, completed=max(executed, 1))
@@ -62,7 +69,7 @@ class LineProgress:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._started = self._said = 0.0
-        self._stage = ""
+        self._stage = self._waited = ""
         self._units = self._done = self._images = 0
 
     def begin(self, stage: str, units: int, images: int) -> None:
@@ -86,6 +93,13 @@ class LineProgress:
                 f"{left:.0f} s left"
             )
 
+    def wait(self, reason: str) -> None:
+        """Says what it waits for, every ten seconds."""
+        moment = time.monotonic()
+        if reason != self._waited or moment - self._said >= LINE_SECONDS:
+            self._said, self._waited = moment, reason
+            self._say(f"{self._stage}: waiting: {reason}")
+
     def end(self, stage: str, executed: int, reused: int) -> None:
         """Says what was run and what had been done before."""
         elapsed = time.monotonic() - self._started
@@ -106,6 +120,9 @@ class NoProgress:
         """Nothing."""
 
     def advance(self, receipt: Receipt) -> None:
+        """Nothing."""
+
+    def wait(self, reason: str) -> None:
         """Nothing."""
 
     def end(self, stage: str, executed: int, reused: int) -> None:
@@ -136,6 +153,9 @@ class ArtifactProgress:
             self._said = time.monotonic()
             self._update(100 * self._done / self._units)
 
+    def wait(self, reason: str) -> None:
+        """The artifact stays where it is."""
+
     def end(self, stage: str, executed: int, reused: int) -> None:
         """The stage is complete."""
         self._update(100.0)
@@ -164,6 +184,11 @@ class Several:
         """Passes on."""
         for one in self._listeners:
             one.advance(receipt)
+
+    def wait(self, reason: str) -> None:
+        """Passes on."""
+        for one in self._listeners:
+            one.wait(reason)
 
     def end(self, stage: str, executed: int, reused: int) -> None:
         """Passes on."""

@@ -1,8 +1,9 @@
-"""One Prefect API per run: the one that ``PREFECT_API_URL`` names, or a local server of our own."""
+"""A Prefect server on loopback, in a process of its own."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,11 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from storage.errors import StoreError
 
 START_SECONDS = 120.0
 QUIET = {
@@ -22,8 +19,13 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     # The run tells its own errors; Prefect would print each once more for every layer.
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_CLI_PROMPT": "false",
 }
+
+
+class ApiError(ConnectionError):
+    """The Prefect API did not answer, or went away before the run ended."""
 
 
 class LocalServer:
@@ -33,12 +35,17 @@ class LocalServer:
         self._home = home
         self._port = _free_port()
         self.url = f"http://127.0.0.1:{self._port}/api"
+        self.log = home / "server.log"
         home.mkdir(parents=True, exist_ok=True)
-        self._log = home / "server.log"
-        with self._log.open("wb") as log:
+        self.log.write_bytes(b"")
+        self.start()
+
+    def start(self) -> None:
+        """Starts the server's process; after an end, again on the same port with the same database."""
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "flows.server", str(self._port)],
-                env={**os.environ, **QUIET, **_settings(home)},
+                env={**os.environ, **QUIET, **_settings(self._home)},
                 # The server ends when this pipe closes, which the kernel does for a killed parent too.
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -50,16 +57,24 @@ class LocalServer:
         """Returns once the health route answers.
 
         Raises:
-            StoreError: the server ended or did not answer in time; names its log.
+            ApiError: the server ended or did not answer in time; names its log.
         """
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
+            if self.ended() is not None:
                 break
             if _healthy(self.url):
                 return
             time.sleep(0.1)
-        raise StoreError(f"the local Prefect server did not start on {self.url}; see {self._log}")
+        raise ApiError(
+            f"the local Prefect server: expected it to answer on {self.url} within {START_SECONDS:.0f} s, got "
+            f"{self.ended() or 'no answer'}; see {self.log}, or name a server of your own in PREFECT_API_URL"
+        )
+
+    def ended(self) -> str | None:
+        """How the process ended, in words, or None while it runs."""
+        status = self._process.poll()
+        return None if status is None else _in_words(status)
 
     def stop(self) -> None:
         """Ends the server."""
@@ -71,28 +86,6 @@ class LocalServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-
-@contextmanager
-def prefect_api(home: Path) -> Iterator[LocalServer | None]:
-    """Points this process to a Prefect API for the block; starts a local server if none is named.
-
-    The server starts in the background: call ``wait`` on it before the first flow.
-    """
-    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
-    if os.environ.get("PREFECT_API_URL"):
-        yield None
-        return
-    before = {name: os.environ.get(name) for name in ("PREFECT_API_URL", "PREFECT_HOME")}
-    server = LocalServer(home)
-    os.environ["PREFECT_API_URL"] = server.url
-    os.environ["PREFECT_HOME"] = str(home)
-    try:
-        yield server
-    finally:
-        server.stop()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
 def _settings(home: Path) -> dict[str, str]:
@@ -114,6 +107,10 @@ def _healthy(url: str) -> bool:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
+
+
+def _in_words(status: int) -> str:
+    return f"an end by {signal.Signals(-status).name}" if status < 0 else f"an end with exit code {status}"
 
 
 def _serve(port: int) -> None:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.preflight import check_study
 from flows.progress import NoProgress
 from flows.versions import versions
 from storage.commits import Unit
-from storage.lock import exclusive
+from storage.files import remove_leftovers
 from storage.runs import RunRecord, now
 from storage.store import Store, open_store
 from tasks.config import StudyConfig
-from tasks.execute import Failure, Receipt
+from tasks.execute import Busy, Failure, Receipt
 from tasks.leaderboard import leaderboard, leaderboard_markdown
 from tasks.pipeline import STAGES
 from tasks.plan import Planned, Planner
@@ -26,6 +27,9 @@ from tasks.stage_task import Executor, Progress, StageSummary, run_stage, stage_
 from tasks.study import Study
 from tasks.worker import resolve_device
 from xai_core.registry import methods, metrics
+
+if TYPE_CHECKING:
+    from flows.api import Api
 
 PREFECT_FOLDER = "prefect"
 
@@ -53,8 +57,8 @@ def run_study(config: StudyConfig, store_path: Path) -> RunResult:
         StageError: some units failed; the others are committed.
     """
     store = open_store(store_path, create=True)
-    with exclusive(store.lock_path), stopped_by_signals():
-        study = Study(config, store)
+    study = Study(config, store)
+    with store.running(study.run_id), stopped_by_signals():
         if nothing_to_do(Planner(study).all()):
             return conduct(study, NothingToRun(), NoProgress(), tasks=False)
         return _orchestrate(study)
@@ -68,27 +72,31 @@ def nothing_to_do(planned: list[Planned]) -> bool:
 class NothingToRun:
     """The executor of a run whose every unit is done already, its own or another run's."""
 
-    def run(self, works: list[Work]) -> Iterator[Receipt | Failure]:
+    def run(self, works: list[Work]) -> Iterator[Receipt | Failure | Busy]:
         """Refuses: it is only handed out where a plan was empty."""
         raise RuntimeError(f"expected nothing to run, got {len(works)} units")
 
 
 def _orchestrate(study: Study) -> RunResult:
     """Checks the study and starts the cluster while the API server boots, then runs the flow."""
+    from flows.api import prefect_api
     from flows.cluster import executor
-    from flows.server import prefect_api
 
-    with prefect_api(study.store.root / PREFECT_FOLDER) as server:
+    remove_leftovers(study.store.root)
+    with study.store.own_folder(PREFECT_FOLDER) as home, prefect_api(home) as api:
         check_study(study)
         device = resolve_device(study.config.run.device)
-        with executor(study.config.compute, device) as dask:
-            if server is not None:
-                server.wait()
-            return _as_flow(study, dask)
+        with executor(study.config.compute, device, api.check) as dask:
+            api.wait()
+            return _as_flow(study, dask, api)
 
 
-def _as_flow(study: Study, executor: Executor) -> RunResult:
-    """The run inside a Prefect flow of its own."""
+def _as_flow(study: Study, executor: Executor, api: Api) -> RunResult:
+    """The run inside a Prefect flow of its own.
+
+    Raises:
+        ApiError: the API went away before the run was complete.
+    """
     from prefect import flow
 
     from flows.progress import ArtifactProgress, Several, console_progress
@@ -104,7 +112,15 @@ def _as_flow(study: Study, executor: Executor) -> RunResult:
         _leaderboard_artifact(study)
 
     results: list[RunResult] = []
-    study_flow(study.run_id, str(study.store.root))
+    try:
+        study_flow(study.run_id, str(study.store.root))
+    except Exception as error:
+        trouble = api.trouble(error)
+        if trouble is None:
+            raise
+        if not results:
+            raise trouble from None
+        print(f"the run is complete, but Prefect was not told: {trouble}", file=sys.stderr)
     return results[0]
 
 
@@ -140,7 +156,11 @@ class RunBook:
             config=study.config.model_dump(mode="json"),
             versions=versions(),
             created=before.created if before else now(),
-            facts={"model": study.config.model.name, "images": study.images},
+            facts={
+                "model": study.config.model.name,
+                "images": study.images,
+                "listing": study.listing.path.stem,
+            },
             keys=before.keys if before else {},
             tables=_info_tables(study.config),
         )

@@ -7,14 +7,16 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from storage.canonical import canonical_json, digest_bytes, digest_json
-from storage.files import publish_bytes
+from storage.canonical import digest_bytes, digest_json
+from storage.files import publish_bytes, remove_durably
+from storage.sealed import seal, unseal
 
-RECORD_FORMAT = 1
 KEY_CHARACTERS = 24
+FILE_NAME = re.compile(r"\d{7}-[0-9a-f]{24}\.json")
 
 
 @dataclass(frozen=True, order=True)
@@ -34,11 +36,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class StoredObject:
-    """A committed file: path relative to the store, size in bytes, sha256."""
+    """A committed file: path relative to the store, size in bytes, sha256.
+
+    ``repeatable``: the same key always gives the same bytes; not so where times are told.
+    """
 
     path: str
     bytes: int
     sha256: str
+    repeatable: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,33 +58,30 @@ class CommitRecord:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """The record as canonical JSON with a digest of its own body."""
-        body = {
-            "key": self.key,
-            "unit": asdict(self.unit),
-            "ingredients": self.ingredients,
-            "objects": [asdict(one) for one in self.objects],
-            "facts": self.facts,
-        }
-        return canonical_json({"format": RECORD_FORMAT, "digest": digest_json(body), "body": body})
+        """The record as a sealed document."""
+        return seal(
+            {
+                "key": self.key,
+                "unit": asdict(self.unit),
+                "ingredients": self.ingredients,
+                "objects": [asdict(one) for one in self.objects],
+                "facts": self.facts,
+            }
+        )
 
     @classmethod
     def from_bytes(cls, content: bytes) -> CommitRecord | None:
         """The record in these bytes, or None where they are not a whole, unaltered record."""
-        try:
-            document = json.loads(content)
-            body = document["body"]
-            if document["digest"] != digest_json(body):
-                return None
-            return cls(
-                key=body["key"],
-                unit=Unit(**body["unit"]),
-                ingredients=body["ingredients"],
-                objects=tuple(StoredObject(**one) for one in body["objects"]),
-                facts=body["facts"],
-            )
-        except (ValueError, KeyError, TypeError):
+        body = unseal(content)
+        if body is None:
             return None
+        return cls(
+            key=body["key"],
+            unit=Unit(**body["unit"]),
+            ingredients=body["ingredients"],
+            objects=tuple(StoredObject(**one) for one in body["objects"]),
+            facts=body["facts"],
+        )
 
 
 def key_of(ingredients: Mapping[str, Any]) -> str:
@@ -86,6 +89,7 @@ def key_of(ingredients: Mapping[str, Any]) -> str:
     return digest_json(ingredients)
 
 
+@lru_cache(maxsize=4096)
 def slug(variant: str) -> str:
     """A variant as a folder name: readable, and distinct wherever variants are distinct."""
     if not variant:
@@ -103,34 +107,54 @@ class CommitLog:
 
     def path(self, unit: Unit, key: str) -> Path:
         """Where the record of a unit with this key stands."""
-        return self.folder / unit.stage / slug(unit.variant) / f"{unit.shard:07d}-{key[:KEY_CHARACTERS]}.json"
+        return Path(self._name(unit, key))
+
+    def _name(self, unit: Unit, key: str) -> str:
+        # As text: building paths takes longer than reading what they name, and a plan reads a hundred thousand.
+        return f"{self.folder}/{unit.stage}/{slug(unit.variant)}/{unit.shard:07d}-{key[:KEY_CHARACTERS]}.json"
 
     def read(self, unit: Unit, key: str) -> CommitRecord | None:
         """The record of a unit with exactly this key, or None."""
-        record = self._load(self.path(unit, key))
+        record = self._load(self._name(unit, key))
         return record if record is not None and record.key == key else None
 
     def write(self, record: CommitRecord) -> None:
         """Puts a record in place; from here on the unit is done."""
         publish_bytes(self.path(record.unit, record.key), record.to_bytes())
 
+    def drop(self, unit: Unit, key: str) -> None:
+        """Takes a record away, durably: the unit is no longer done."""
+        remove_durably(self.path(unit, key))
+
     def of_unit(self, unit: Unit) -> list[CommitRecord]:
         """All records of a unit under any key, the latest written last."""
         folder = self.folder / unit.stage / slug(unit.variant)
-        paths = sorted(folder.glob(f"{unit.shard:07d}-*.json"), key=lambda path: path.stat().st_mtime_ns)
+        paths = sorted(folder.glob(f"{unit.shard:07d}-*.json"), key=_modified)
         return [record for path in paths if (record := self._load(path)) is not None]
 
+    def paths(self) -> Iterator[Path]:
+        """The files of all records, whole or damaged."""
+        return (path for path in sorted(self.folder.glob("*/*/*.json")) if FILE_NAME.fullmatch(path.name))
+
     def __iter__(self) -> Iterator[CommitRecord]:
-        for path in sorted(self.folder.glob("*/*/*.json")):
+        for path in self.paths():
             if (record := self._load(path)) is not None:
                 yield record
 
     @staticmethod
-    def _load(path: Path) -> CommitRecord | None:
+    def _load(path: Path | str) -> CommitRecord | None:
         try:
-            return CommitRecord.from_bytes(path.read_bytes())
+            with open(path, "rb") as stream:
+                return CommitRecord.from_bytes(stream.read())
         except OSError:
             return None
+
+
+def _modified(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # Dropped while the folder was listed.
+        return 0
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -7,7 +7,6 @@ disk by DuckDB: memory does not grow with the data set.
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,9 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.files import TEMPORARY, publish
+from storage.canonical import digest_file
+from storage.files import make_folder, publish, temporary_name
+from storage.sealed import read_sealed, write_sealed
 from storage.sources.base import ImageItem, ImageSource
 
 BATCH = 16_384
@@ -74,16 +75,22 @@ def build_listing(source: ImageSource, folder: Path, order_seed: int | None) -> 
 
     An unchanged source is listed again (that is how a change is noticed) but not sorted again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = folder / f"{TEMPORARY}{secrets.token_hex(6)}-raw.parquet"
+    make_folder(folder)
+    raw = folder / temporary_name("raw.parquet")
     try:
         digest, rows = _write_raw(source, raw, order_seed)
         path = folder / f"{digest[:24]}.parquet"
-        if not path.exists():
+        if not path.exists() or read_sealed(seal_of(path)) is None:
             publish(path, lambda temporary: _sort(raw, temporary, order_seed))
+            write_sealed(seal_of(path), {"sha256": digest_file(path), "bytes": path.stat().st_size})
         return Listing(path, digest, rows)
     finally:
         raw.unlink(missing_ok=True)
+
+
+def seal_of(path: Path) -> Path:
+    """Where the digest of a listing's file stands."""
+    return path.with_suffix(".json")
 
 
 def _write_raw(source: ImageSource, path: Path, order_seed: int | None) -> tuple[str, int]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from storage.commits import Unit
-from storage.files import publish_bytes
+from storage.files import remove_durably
+from storage.sealed import unseal, write_sealed
 
 
 def now() -> str:
@@ -58,29 +59,61 @@ class RunRecord:
         }
 
 
+FIELDS = frozenset(one.name for one in fields(RunRecord))
+
+
 class RunLog:
     """The run records of one store."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def path(self, run_id: str) -> Path:
+        """Where the record of a run stands."""
+        return self.folder / f"{run_id}.json"
+
     def write(self, run: RunRecord) -> None:
         """Puts a run record in place, whole."""
-        publish_bytes(self.folder / f"{run.run_id}.json", json.dumps(asdict(run), indent=1).encode())
+        write_sealed(self.path(run.run_id), asdict(run))
 
     def read(self, run_id: str) -> RunRecord | None:
-        """The record of a run, or None."""
-        try:
-            return RunRecord(**json.loads((self.folder / f"{run_id}.json").read_bytes()))
-        except FileNotFoundError:
-            return None
+        """The record of a run, or None where there is none or it is damaged."""
+        return load_run(self.path(run_id))
+
+    def delete(self, run_id: str) -> None:
+        """Forgets a run, durably; what it shares with other runs stays theirs."""
+        remove_durably(self.path(run_id))
+
+    def paths(self) -> list[Path]:
+        """The files of all runs, whole or damaged."""
+        return sorted(self.folder.glob("*.json"))
 
     def all(self) -> list[RunRecord]:
-        """All runs, the one updated last at the end."""
-        runs = [RunRecord(**json.loads(path.read_bytes())) for path in sorted(self.folder.glob("*.json"))]
+        """All runs whose records are whole, the one updated last at the end; ``verify`` names the others."""
+        runs = [run for path in self.paths() if (run := load_run(path)) is not None]
         return sorted(runs, key=lambda run: run.updated)
 
     def latest(self) -> RunRecord | None:
         """The run updated last, or None in a store without runs."""
         runs = self.all()
         return runs[-1] if runs else None
+
+
+def load_run(path: Path) -> RunRecord | None:
+    """The run record in a file, or None where there is none, or what is there is not one."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    body = unseal(content)
+    if body is None:
+        body = _format_1(content)
+    return RunRecord(**body) if isinstance(body, dict) and "run_id" in body and body.keys() <= FIELDS else None
+
+
+def _format_1(content: bytes) -> Any:
+    """Stores of format 1 did not seal their run records."""
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None

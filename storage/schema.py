@@ -9,7 +9,9 @@ from typing import Any
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# The first version of vitrine that reads each format of the store.
+READ_SINCE = {1: "0.1.0", 2: "0.2.0"}
 
 _ID = pa.field("image_id", pa.int64(), nullable=False)
 
@@ -121,6 +123,9 @@ TABLES: dict[str, pa.Schema] = {
         ]
     ),
 }
+
+# Rows that tell times: the same unit never gives the same bytes twice.
+UNREPEATABLE_TABLES = frozenset({"timings"})
 
 RUNS = pa.schema(
     _fields(

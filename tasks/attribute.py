@@ -6,101 +6,110 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from storage.schema import rows_to_table
 from tasks.config import Choice, options_of
-from tasks.labels import read_part_labels
-from tasks.stage import Bad, Context, Outcome, Stage
+from tasks.labels import images_with_parts, read_part_labels
+from tasks.stage import Context, Outcome, Stage
 from tasks.study import Study
-from tasks.targets import read_targets
-from tasks.worker import Pictures, load_pictures, study_classifier
-from xai_core.attribution import PartScores, attribute, paint_parts, score_parts
+from tasks.targets import predicted_pictures, read_targets
+from tasks.worker import Pictures, study_classifier
+from xai_core.attribution import PartScores, attribute, join_scores, paint_parts, score_parts
+from xai_core.batching import Batches, try_batches
+from xai_core.errors import ImageError, NotFinite
+from xai_core.parts import MOST_PARTS, part_areas
 from xai_core.precision import precision_context
 from xai_core.registry import MethodEntry, methods
 
 
 @dataclass(frozen=True)
 class Explained:
-    """Maps ``[n, h, w]`` of some pictures, and part scores where the method scores parts."""
+    """Maps ``[n, h, w]`` of some pictures, and part scores where the method scores parts.
+
+    ``finite`` ``[n]`` says whose map, and all of whose parts' scores, are numbers.
+    """
 
     maps: Tensor
     scores: PartScores | None
+    finite: Tensor
 
 
 def run(context: Context) -> Outcome:
     """The arrays ``maps``, ``scale``, ``valid`` and, for part methods, rows of ``part_scores`` for one shard."""
     choice = _choice(context)
     entry = methods.get(choice.name)
-    pictures = load_pictures(context)
-    labels, has_parts = read_part_labels(context, pictures) if entry.output == "parts" else (None, None)
-    chosen = torch.arange(len(pictures)) if has_parts is None else has_parts.nonzero().squeeze(1)
-    given = len(chosen) + len(pictures.bad)
-    if not len(chosen):
-        return Outcome(given, 0, pictures.bad)
-    explained = _explain(context, choice, entry, pictures, labels, chosen)
-    finite = torch.isfinite(explained.maps.flatten(1)).all(dim=1).cpu()
-    _write(context, entry, explained, pictures, chosen, finite)
-    bad = tuple(
-        Bad(int(pictures.image_ids[i]), pictures.paths[i], "NotFinite", f"{choice.id} gave NaN or infinity")
-        for i in chosen[~finite].tolist()
-    )
-    return Outcome(given, int(finite.sum()), (*pictures.bad, *bad))
+    pictures = predicted_pictures(context)
+    if entry.output == "parts":
+        pictures = pictures.of_images(images_with_parts(context))
+    batches = _explain(context, choice, entry, pictures)
+    finite = torch.cat([one.finite for one in batches.results]).tolist() if batches.results else []
+    failed: dict[int, ImageError] = {
+        row: NotFinite("the map, or the score of a part, is NaN or infinite")
+        for row, good in zip(batches.rows, finite, strict=True)
+        if not good
+    }
+    failed.update(batches.failed)
+    kept = pictures.take([row for row in batches.rows if row not in failed])
+    if len(kept):
+        _write(context, entry, batches.results, kept)
+    return Outcome(pictures.given, len(kept), (*pictures.bad, *pictures.as_bad(failed)))
 
 
 def _choice(context: Context) -> Choice:
     return next(choice for choice in context.config.methods if choice.id == context.work.unit.variant)
 
 
-def _explain(
-    context: Context,
-    choice: Choice,
-    entry: MethodEntry,
-    pictures: Pictures,
-    labels: Tensor | None,
-    chosen: Tensor,
-) -> Explained:
+def _explain(context: Context, choice: Choice, entry: MethodEntry, pictures: Pictures) -> Batches[Explained]:
     config = context.config.run
     model = study_classifier(context)
-    inputs = pictures.inputs[chosen]
-    targets = read_targets(context, pictures)[chosen].to(context.device)
-    options = options_of(methods, choice)
-    with precision_context(config.precision, context.device):
+    targets = read_targets(context, pictures)
+    shared = {"method": choice.name, "options": options_of(methods, choice), "batch_size": config.batch_size}
+    labels = read_part_labels(context, pictures).to(context.device) if entry.output == "parts" else None
+
+    def explain(rows: slice) -> Explained:
+        inputs, of = pictures.inputs[rows], targets[rows]
         if labels is None:
-            maps = attribute(
-                model,
-                inputs,
-                targets,
-                method=choice.name,
-                options=options,
-                batch_size=config.batch_size,
-                native=True,
-            )
-            return Explained(maps, None)
-        parts = labels[chosen].to(context.device)
-        scores = score_parts(
-            model, inputs, targets, parts, method=choice.name, options=options, batch_size=config.batch_size
-        )
-        return Explained(paint_parts(scores.score, parts), scores)
+            maps = attribute(model, inputs, of, native=True, **shared)
+            return Explained(maps, None, _all_finite(maps))
+        scores = score_parts(model, inputs, of, labels[rows], **shared)
+        maps = paint_parts(scores.score, labels[rows])
+        return Explained(maps, scores, _all_finite(maps) & _scored(scores, labels[rows]))
+
+    # A part method cuts all (image, part) pairs that it is given into passes of its own.
+    together = config.batch_size if labels is None else max(1, len(pictures))
+    with precision_context(config.precision, context.device):
+        return try_batches(explain, len(pictures), together)
 
 
-def _write(
-    context: Context,
-    entry: MethodEntry,
-    explained: Explained,
-    pictures: Pictures,
-    chosen: Tensor,
-    finite: Tensor,
-) -> None:
-    rows = pictures.rows[chosen.numpy()][finite.numpy()]
-    maps, scale = _to_storage(explained.maps[finite.to(explained.maps.device)], entry.upsampling is None)
+def _all_finite(maps: Tensor) -> Tensor:
+    """Which maps are numbers throughout, ``[n]``, in the precision in which they are stored."""
+    return maps.float().isfinite().flatten(1).all(dim=1)
+
+
+def _scored(scores: PartScores, labels: Tensor) -> Tensor:
+    """Which pictures have a number for every part that they have, ``[n]``, in the score and in all its terms."""
+    present = part_areas(labels, MOST_PARTS) > 0
+    known = [
+        F.pad(values, (0, MOST_PARTS - values.shape[1]), value=torch.nan).isfinite()
+        for values in (scores.score, *scores.terms.values())
+    ]
+    return (torch.stack(known).all(dim=0) | ~present).all(dim=1)
+
+
+def _write(context: Context, entry: MethodEntry, explained: list[Explained], kept: Pictures) -> None:
+    """Writes what is finite of some batches; ``kept`` are the pictures that it belongs to."""
+    finite = torch.cat([one.finite for one in explained])
+    maps, scale = _to_storage(torch.cat([one.maps for one in explained])[finite], entry.upsampling is None)
     rule = entry.upsampling or ""
-    context.write_array("maps", rows, maps, ("y", "x"), upsampling=rule, unit="value / scale")
-    context.write_array("scale", rows, scale, ())
-    context.write_valid(rows)
-    if explained.scores is not None:
-        ids = pictures.image_ids[chosen.numpy()]
-        context.commit.table("part_scores", _score_rows(context.work.unit.variant, ids, explained.scores))
+    context.write_array("maps", kept.rows, maps, ("y", "x"), upsampling=rule, unit="value / scale")
+    context.write_array("scale", kept.rows, scale, ())
+    context.write_valid(kept.rows)
+    scores = [one.scores for one in explained if one.scores is not None]
+    if scores:
+        rows = _score_rows(context.work.unit.variant, kept.image_ids, join_scores(scores), finite)
+        context.commit.table("part_scores", rows)
 
 
 def _to_storage(maps: Tensor, full_resolution: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -113,11 +122,14 @@ def _to_storage(maps: Tensor, full_resolution: bool) -> tuple[np.ndarray, np.nda
     return (maps / scale.view(-1, 1, 1)).half().numpy(), scale.numpy()
 
 
-def _score_rows(method: str, image_ids: np.ndarray, scores: PartScores):  # type: ignore[no-untyped-def]
-    image, part = (~scores.score.isnan()).nonzero(as_tuple=True)
+def _score_rows(  # type: ignore[no-untyped-def]
+    method: str, image_ids: np.ndarray, scores: PartScores, finite: Tensor
+):
+    score = scores.score[finite]
+    image, part = (~score.isnan()).nonzero(as_tuple=True)
     missing = torch.full_like(scores.score, torch.nan)
-    terms = {name: scores.terms.get(name, missing) for name in ("kl_sym", "curvature")}
-    columns = {name: _nullable(values[image, part]) for name, values in {"score": scores.score, **terms}.items()}
+    terms = {name: scores.terms.get(name, missing)[finite] for name in ("kl_sym", "curvature")}
+    columns = {name: _nullable(values[image, part]) for name, values in {"score": score, **terms}.items()}
     return rows_to_table(
         "part_scores",
         {
@@ -142,7 +154,7 @@ def upstream(study: Study, variant: str) -> tuple[tuple[str, str], ...]:
 
 STAGE = Stage(
     name="attribute",
-    version=1,
+    version=2,
     run=run,
     reads=lambda study, variant: {
         **next(choice.model_dump(mode="json") for choice in study.config.methods if choice.id == variant),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import torch
 
@@ -15,6 +17,9 @@ from xai_core.registry import extractors
 
 SEPARATOR = " / "
 
+# A dictionary needs at least two vectors; fewer are left where (nearly) every image was set aside.
+FEWEST_VECTORS = 2
+
 
 def variants(study: Study) -> tuple[str, ...]:
     """One per layer and extractor."""
@@ -25,11 +30,17 @@ def variants(study: Study) -> tuple[str, ...]:
 
 
 def run(context: Context) -> Outcome:
-    """Rows of ``concepts`` and the dictionary as safetensors, for one layer and extractor."""
+    """Rows of ``concepts`` and the dictionary as safetensors, for one layer and extractor.
+
+    Where fewer than two vectors were sampled there is nothing to fit, and neither is written.
+    """
     layer, extractor_id = context.work.unit.variant.split(SEPARATOR)
     config = context.config
     extractor = next(choice for choice in config.concepts.extractors if choice.id == extractor_id)
-    vectors = torch.from_numpy(_read_vectors(context, layer)).to(context.device)
+    sampled = _read_vectors(context, layer)
+    if len(sampled) < FEWEST_VECTORS:
+        return Outcome(0, 0, facts={"vectors": len(sampled)})
+    vectors = torch.from_numpy(sampled).to(context.device)
     dictionary = fit_dictionary(
         vectors,
         extractor=extractor.name,
@@ -50,7 +61,8 @@ def _read_vectors(context: Context, layer: str) -> np.ndarray:
         if "valid" in record.facts["arrays"]:
             valid = context.store.read_array(record, "valid")
             shards.append(context.store.read_array(record, f"{layer}.vectors")[valid])
-    return np.concatenate([shard.reshape(-1, shard.shape[-1]) for shard in shards])
+    sampled = [shard.reshape(-1, shard.shape[-1]) for shard in shards if len(shard)]
+    return np.concatenate(sampled) if sampled else np.zeros((0, 0), np.float32)
 
 
 def _shard(unit: Unit) -> int:
@@ -87,12 +99,14 @@ def _write(
     )
     tensors = {"atoms": dictionary.atoms, "sizes": dictionary.sizes, **dictionary.encoder}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    context.commit.file("dictionary", ".safetensors", save(tensors, {"layer": layer, "extractor": extractor.id}))
+    # One entry: the order of several differs from process to process, and with it the file.
+    about = json.dumps({"layer": layer, "extractor": extractor.id})
+    context.commit.file("dictionary", ".safetensors", save(tensors, {"concepts": about}))
 
 
 STAGE = Stage(
     name="dictionary",
-    version=1,
+    version=2,
     run=run,
     reads=lambda study, variant: {
         "layer": variant.split(SEPARATOR)[0],

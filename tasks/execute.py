@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from storage.commits import Unit
+from storage.commits import CommitRecord, Unit
+from storage.errors import StoreLockedError
 from storage.schema import rows_to_table
-from storage.store import open_store
+from storage.store import Store, open_store
 from tasks.pipeline import STAGES
 from tasks.stage import Context, Outcome, Work
 
@@ -32,6 +33,14 @@ class Receipt:
 
 
 @dataclass(frozen=True)
+class Busy:
+    """A unit that another process writes at this moment: its result can be used once that one is done."""
+
+    unit: Unit
+    reason: str
+
+
+@dataclass(frozen=True)
 class Failure:
     """A unit that could not be done, and why."""
 
@@ -39,12 +48,25 @@ class Failure:
     error: str
 
 
-def execute(work: Work, device: str = "cpu") -> Receipt:
-    """Runs a unit's shard function and commits what it wrote, with its quarantined images and its timing."""
+def execute(work: Work, device: str = "cpu") -> Receipt | Busy:
+    """Runs a unit's shard function and commits what it wrote; what is committed already is not done again."""
     store = open_store(work.store)
-    done = store.done(work.unit, work.key)
-    if done is not None:
-        return Receipt(work.unit, done.facts["images"], done.facts["ok"], done.facts["quarantined"], 0.0, False)
+    try:
+        with store.writing(work.unit, work.key):
+            done = store.done(work.unit, work.key)
+            return _execute(work, store, device) if done is None else _receipt_of(done)
+    except StoreLockedError as error:
+        return Busy(work.unit, str(error))
+
+
+def _receipt_of(record: CommitRecord) -> Receipt:
+    """The receipt of a unit that had been committed in the meantime."""
+    facts = record.facts
+    return Receipt(record.unit, facts["images"], facts["ok"], facts["quarantined"], 0.0, executed=False)
+
+
+def _execute(work: Work, store: Store, device: str) -> Receipt:
+    """Does the work, with its quarantined images and its timing; the unit's key is held."""
     started = time.perf_counter()
     commit = store.begin(work.unit, work.key, work.ingredients)
     context = Context(work, store, commit, device)

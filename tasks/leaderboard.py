@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 import xai_core.metrics  # noqa: F401  (registers the metrics)
-from storage.commits import CommitRecord
-from storage.errors import StoreError
+from storage.results import Results
 from storage.store import Store
 from tasks.bootstrap import bootstrap_means
 from xai_core.registry import metrics
@@ -40,19 +39,13 @@ def leaderboard(store: Store, run_id: str) -> list[Standing]:
     Raises:
         StoreError: no such run in the store.
     """
-    run = store.runs.read(run_id)
-    if run is None:
-        raise StoreError(f"expected a run of this store, got {run_id!r}: see `vitrine status`")
-    units = [(unit, key) for unit, key in run.units().items() if unit.stage == "metrics"]
-    found = (store.done(unit, key) for unit, key in units)
-    return standings(store, [record for record in found if record is not None])
+    return standings(store.results(run_id))
 
 
-def standings(store: Store, records: Iterable[CommitRecord]) -> list[Standing]:
-    """The standings from committed records of the stage ``metrics``."""
-    tables = [store.read_table(record, "metrics") for record in records]
-    rows = pa.concat_tables(tables) if tables else None
-    if rows is None or rows.num_rows == 0:
+def standings(results: Results) -> list[Standing]:
+    """The standings of the results of one run."""
+    rows = results.select("metrics").table("metrics")
+    if rows.num_rows == 0:
         return []
     rows = rows.combine_chunks()
     cells, cell_of_row = _cells(rows)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from storage.canonical import digest_bytes, digest_json
-from storage.errors import SourceError
 from storage.listing import Listing
 from storage.schema import rows_to_table
 from storage.sources import ImageSource, decode_image
+from tasks.quarantine import IMAGE_ERRORS, set_aside
 from tasks.sources import open_source
-from tasks.stage import Bad, Context, Outcome, Stage
+from tasks.stage import Context, Outcome, Stage
 
 COLUMNS = ("image_id", "path", "sha256", "width", "height", "label", "label_name")
 
@@ -23,8 +23,8 @@ def run(context: Context) -> Outcome:
     for item in listed:
         try:
             rows.append(_describe(source, item))
-        except (OSError, SourceError) as error:
-            bad.append(Bad(item["image_id"], item["reference"], type(error).__name__, str(error)))
+        except IMAGE_ERRORS as error:
+            bad.append(set_aside(item["image_id"], item["reference"], error))
     columns = {name: [row[name] for row in rows] for name in COLUMNS}
     context.commit.table("manifest", rows_to_table("manifest", columns))
     # Later stages depend on what the images are, not on when their files were touched.
@@ -48,7 +48,7 @@ def _describe(source: ImageSource, item: dict[str, Any]) -> dict[str, Any]:
 
 STAGE = Stage(
     name="manifest",
-    version=1,
+    version=2,
     run=run,
     # Two folders may hold files of the same names, sizes and times.
     reads=lambda study, variant: {"kind": study.config.dataset.kind, "path": study.dataset_path},

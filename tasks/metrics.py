@@ -8,41 +8,75 @@ from torch import Tensor
 
 from storage.schema import rows_to_table
 from tasks.config import options_of
-from tasks.labels import read_maps, read_part_labels
+from tasks.labels import images_with_map, images_with_parts, read_maps, read_part_labels
 from tasks.stage import Context, Outcome, Stage
-from tasks.targets import read_targets
-from tasks.worker import load_pictures, study_classifier
-from xai_core.metrics import Evaluation, evaluate
+from tasks.targets import predicted_pictures, read_targets
+from tasks.worker import Pictures, study_classifier
+from xai_core.batching import Batches, try_batches
+from xai_core.errors import ImageError, NotFinite
+from xai_core.metrics import Evaluation, evaluate, join_evaluations
 from xai_core.precision import precision_context
 from xai_core.registry import metrics
 
 
 def run(context: Context) -> Outcome:
-    """Rows of ``metrics`` and ``curves`` of one method for one shard."""
+    """Rows of ``metrics`` and ``curves`` of one method for one shard.
+
+    An image with a value that is neither a number nor undefined by the metric's definition is set aside.
+    """
     method = context.work.unit.variant
-    pictures = load_pictures(context)
-    maps, has_map = read_maps(context, method, pictures)
-    labels, has_parts = read_part_labels(context, pictures)
-    chosen = (has_map & has_parts).nonzero().squeeze(1)
-    given = len(chosen) + len(pictures.bad)
-    if not len(chosen):
-        return Outcome(given, 0, pictures.bad)
+    explained = images_with_parts(context) & images_with_map(context, method)
+    pictures = predicted_pictures(context).of_images(explained)
+    batches = _evaluate(context, method, pictures)
+    if not batches.results:
+        return Outcome(pictures.given, 0, (*pictures.bad, *pictures.as_bad(batches.failed)))
+    evaluation = join_evaluations(batches.results)
+    broken = _broken(evaluation)
+    failed = {**batches.failed, **{batches.rows[position]: error for position, error in broken.items()}}
+    kept = pictures.take([row for row in batches.rows if row not in failed])
+    positions = [position for position in range(len(batches.rows)) if position not in broken]
+    context.commit.table("metrics", _metric_rows(method, kept.image_ids, evaluation, positions))
+    context.commit.table("curves", _curve_rows(method, kept.image_ids, evaluation, positions))
+    return Outcome(pictures.given, len(kept), (*pictures.bad, *pictures.as_bad(failed)))
+
+
+def _evaluate(context: Context, method: str, pictures: Pictures) -> Batches[Evaluation]:
+    """All pictures at once, since their (image, step) pairs are cut into batches; fewer where they do not fit."""
     config = context.config
+    if not len(pictures):
+        return Batches()
+    model = study_classifier(context)
+    targets = read_targets(context, pictures)
+    maps, labels = read_maps(context, method, pictures), read_part_labels(context, pictures)
+    scores = _part_scores(context, method, pictures.image_ids)
+    chosen = [(metrics.get(choice.name), options_of(metrics, choice)) for choice in config.metrics]
     with precision_context(config.run.precision, context.device):
-        evaluation = evaluate(
-            study_classifier(context),
-            pictures.inputs[chosen],
-            read_targets(context, pictures)[chosen].to(context.device),
-            maps[chosen],
-            labels[chosen],
-            [(metrics.get(choice.name), options_of(metrics, choice)) for choice in config.metrics],
-            part_scores=_part_scores(context, method, pictures.image_ids[chosen.numpy()]),
-            batch_size=config.run.batch_size,
+        return try_batches(
+            lambda rows: evaluate(
+                model,
+                pictures.inputs[rows],
+                targets[rows],
+                maps[rows],
+                labels[rows],
+                chosen,
+                part_scores=None if scores is None else scores[rows],
+                batch_size=config.run.batch_size,
+            ),
+            len(pictures),
+            len(pictures),
         )
-    image_ids = pictures.image_ids[chosen.numpy()]
-    context.commit.table("metrics", _metric_rows(method, image_ids, evaluation))
-    context.commit.table("curves", _curve_rows(method, image_ids, evaluation))
-    return Outcome(given, len(chosen), pictures.bad)
+
+
+def _broken(evaluation: Evaluation) -> dict[int, ImageError]:
+    """The positions of images with a value that is not finite although it is defined, and which values."""
+    found: dict[int, list[str]] = {}
+    for name, broken in evaluation.broken.items():
+        for position in broken.nonzero().flatten().tolist():
+            found.setdefault(position, []).append(name)
+    return {
+        position: NotFinite(f"NaN or infinity in {', '.join(names)}, where the definition knows a number")
+        for position, names in found.items()
+    }
 
 
 def _part_scores(context: Context, method: str, image_ids: np.ndarray) -> Tensor | None:
@@ -62,9 +96,12 @@ def _part_scores(context: Context, method: str, image_ids: np.ndarray) -> Tensor
     return table
 
 
-def _metric_rows(method: str, image_ids: np.ndarray, evaluation: Evaluation):  # type: ignore[no-untyped-def]
+def _metric_rows(  # type: ignore[no-untyped-def]
+    method: str, image_ids: np.ndarray, evaluation: Evaluation, positions: list[int]
+):
+    """Values at some positions of the evaluation, which are those of ``image_ids``."""
     count = len(image_ids)
-    values = [value for tensor in evaluation.values.values() for value in tensor.tolist()]
+    values = [value for tensor in evaluation.values.values() for value in tensor[positions].tolist()]
     return rows_to_table(
         "metrics",
         {
@@ -76,15 +113,19 @@ def _metric_rows(method: str, image_ids: np.ndarray, evaluation: Evaluation):  #
     )
 
 
-def _curve_rows(method: str, image_ids: np.ndarray, evaluation: Evaluation):  # type: ignore[no-untyped-def]
+def _curve_rows(  # type: ignore[no-untyped-def]
+    method: str, image_ids: np.ndarray, evaluation: Evaluation, positions: list[int]
+):
+    """Curves at some positions of the evaluation, which are those of ``image_ids``."""
     ids, names, steps, fractions, probs = [], [], [], [], []
     for name, curve in evaluation.curves.items():
-        image, step = (~curve.prob.isnan()).nonzero(as_tuple=True)
+        fraction, prob = curve.fraction[positions], curve.prob[positions]
+        image, step = (~prob.isnan()).nonzero(as_tuple=True)
         ids.append(image_ids[image.cpu().numpy()])
         names += [name] * len(image)
         steps.append(step.cpu().numpy())
-        fractions.append(curve.fraction[image, step].cpu().numpy())
-        probs.append(curve.prob[image, step].cpu().numpy().astype(np.float32))
+        fractions.append(fraction[image, step].cpu().numpy())
+        probs.append(prob[image, step].cpu().numpy().astype(np.float32))
     return rows_to_table(
         "curves",
         {
@@ -100,7 +141,7 @@ def _curve_rows(method: str, image_ids: np.ndarray, evaluation: Evaluation):  # 
 
 STAGE = Stage(
     name="metrics",
-    version=1,
+    version=2,
     run=run,
     reads=lambda study, variant: {
         "metrics": [choice.model_dump(mode="json") for choice in study.config.metrics],

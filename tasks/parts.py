@@ -10,10 +10,13 @@ from torch import Tensor
 
 from storage.errors import SourceError
 from storage.schema import rows_to_table
-from storage.sources.folder import path_of
+from storage.sources.decode import open_picture
+from storage.sources.folder import open_file, path_of
 from tasks.config import options_of
+from tasks.quarantine import IMAGE_ERRORS, set_aside
 from tasks.stage import Bad, Context, Outcome, Stage
 from tasks.worker import Pictures, classifier, load_pictures, study_classifier
+from xai_core.batching import Batches, try_batches
 from xai_core.parts import parse_parts, part_areas, part_boxes
 from xai_core.precision import precision_context
 from xai_core.registry import parsers
@@ -21,43 +24,41 @@ from xai_core.registry import parsers
 
 def run(context: Context) -> Outcome:
     """The array ``labels`` (uint8, 255 = no part) and rows of ``parts`` for one shard."""
-    pictures = load_pictures(context)
-    config = context.config
-    masks, kept, bad = _masks(context, pictures)
-    labels = _parse(context, pictures.inputs[kept], masks)
-    rows = pictures.rows[kept]
-    context.write_array("labels", rows, labels.cpu().numpy().astype(np.uint8), ("y", "x"), no_part=255)
-    context.write_valid(rows)
-    context.commit.table("parts", _part_rows(pictures.image_ids[kept], labels, config.parts.k))
-    return Outcome(len(pictures) + len(pictures.bad), len(kept), (*pictures.bad, *bad))
+    everything = load_pictures(context)
+    masks, kept, bad = _masks(context, everything)
+    masked = everything.take(kept)
+    batches = _parse(context, masked.inputs, masks)
+    pictures = masked.take(batches.rows)
+    empty = torch.zeros(0, *pictures.inputs.shape[-2:], dtype=torch.uint8)
+    labels = torch.cat(batches.results) if batches.results else empty
+    context.write_array("labels", pictures.rows, labels.cpu().numpy().astype(np.uint8), ("y", "x"), no_part=255)
+    context.write_valid(pictures.rows)
+    context.commit.table("parts", _part_rows(pictures.image_ids, labels))
+    bad = [*everything.bad, *bad, *masked.as_bad(batches.failed)]
+    return Outcome(everything.given, len(pictures), tuple(bad))
 
 
-def _parse(context: Context, inputs: Tensor, masks: Tensor | None) -> Tensor:
+def _parse(context: Context, inputs: Tensor, masks: Tensor | None) -> Batches[Tensor]:
+    """Labels of the inputs ``[n, 3, H, W]``, batch by batch."""
     config = context.config
     backbone = config.parts.backbone
     parser = config.parts.parser
-    if not len(inputs):
-        return torch.zeros(inputs.shape[:1] + inputs.shape[-2:], dtype=torch.uint8)
+
+    def parse(rows: slice) -> Tensor:
+        return parse_parts(
+            study_classifier(context),
+            inputs[rows],
+            parser=parser.name,
+            options=options_of(parsers, parser),
+            k=config.parts.k,
+            min_area=config.parts.min_area,
+            masks=None if masks is None else masks[rows],
+            seed=config.run.seed,
+            backbone=None if backbone is None else classifier(backbone.model_dump_json(), context.device),
+        )
+
     with precision_context(config.run.precision, context.device):
-        batches = [
-            parse_parts(
-                study_classifier(context),
-                some,
-                parser=parser.name,
-                options=options_of(parsers, parser),
-                k=config.parts.k,
-                min_area=config.parts.min_area,
-                masks=None if masks is None else masks[first : first + len(some)],
-                seed=config.run.seed,
-                backbone=None if backbone is None else classifier(backbone.model_dump_json(), context.device),
-            )
-            for first, some in _numbered(inputs, config.run.batch_size)
-        ]
-    return torch.cat(batches)
-
-
-def _numbered(inputs: Tensor, size: int) -> list[tuple[int, Tensor]]:
-    return [(first, inputs[first : first + size]) for first in range(0, len(inputs), size)]
+        return try_batches(parse, len(inputs), config.run.batch_size)
 
 
 def _masks(context: Context, pictures: Pictures) -> tuple[Tensor | None, list[int], list[Bad]]:
@@ -72,8 +73,8 @@ def _masks(context: Context, pictures: Pictures) -> tuple[Tensor | None, list[in
         try:
             masks.append(model.preprocess_mask(read_mask(folder, path, sizes[image_id])))
             kept.append(index)
-        except (OSError, SourceError) as error:
-            bad.append(Bad(image_id, path, type(error).__name__, str(error)))
+        except IMAGE_ERRORS as error:
+            bad.append(set_aside(image_id, path, error))
     empty = torch.zeros(0, *model.input_size, dtype=torch.int64)
     return torch.stack(masks) if masks else empty, kept, bad
 
@@ -94,14 +95,11 @@ def read_mask(folder: Path, image: str, size: tuple[int, int]):  # type: ignore[
     Raises:
         SourceError: it cannot be read, or its size differs from the image's.
     """
-    from PIL import Image
-
     path = mask_path(folder, image)
     try:
-        mask = Image.open(path)
-        mask.load()
-    except Exception as error:
-        # As for pictures: broken bytes make Pillow raise anything.
+        with open_file(path) as stream:
+            mask = open_picture(stream.read())
+    except (OSError, SourceError) as error:
         raise SourceError(f"dataset.masks: expected a readable mask at {path}: {error}") from error
     if mask.size != size:
         raise SourceError(
@@ -111,7 +109,7 @@ def read_mask(folder: Path, image: str, size: tuple[int, int]):  # type: ignore[
     return mask if mask.mode in ("L", "P") else mask.convert("L")
 
 
-def _part_rows(image_ids: np.ndarray, labels: Tensor, k: int):  # type: ignore[no-untyped-def]
+def _part_rows(image_ids: np.ndarray, labels: Tensor):  # type: ignore[no-untyped-def]
     count = max((int(one[one != 255].max()) + 1 for one in labels if (one != 255).any()), default=0)
     areas = part_areas(labels, count)
     boxes = part_boxes(labels, count)
@@ -130,7 +128,7 @@ def _part_rows(image_ids: np.ndarray, labels: Tensor, k: int):  # type: ignore[n
 
 STAGE = Stage(
     name="parts",
-    version=1,
+    version=2,
     run=run,
     reads=lambda study, variant: {
         **study.config.parts.model_dump(mode="json", exclude={"backbone"}),

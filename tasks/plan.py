@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from storage.canonical import digest_json
@@ -45,6 +46,16 @@ class Planner:
         self.study = study
         self._keys: dict[Unit, str | None] = {}
         self._series: dict[tuple[str, str], str] = {}
+        self._content: dict[int, str] = {}
+        self._store_path = str(study.store.root.resolve())
+
+    @cached_property
+    def _listing_path(self) -> str:
+        return str(self.study.listing.path.resolve())
+
+    @cached_property
+    def _facts(self) -> Mapping[str, Any]:
+        return {**self.study.facts, "run_id": self.study.run_id}
 
     def all(self) -> list[Planned]:
         """The whole study, stage by stage."""
@@ -94,10 +105,14 @@ class Planner:
             return ""
         if stage.name == "manifest":
             return shard.digest
-        unit = Unit("manifest", "", shard.index)
-        key = self._keys[unit]
-        record = self.study.store.commits.read(unit, key) if key else None
-        return str(record.facts["content"]) if record else None
+        if shard.index not in self._content:
+            unit = Unit("manifest", "", shard.index)
+            key = self._keys[unit]
+            record = self.study.store.commits.read(unit, key) if key else None
+            if record is None:
+                return None
+            self._content[shard.index] = str(record.facts["content"])
+        return self._content[shard.index]
 
     def _work(
         self,
@@ -120,9 +135,9 @@ class Planner:
             rows=rows,
             shard_rows=shard_rows,
             config=self.study.config,
-            store=str(self.study.store.root.resolve()),
-            listing=str(self.study.listing.path.resolve()),
-            facts={**self.study.facts, "run_id": self.study.run_id},
+            store=self._store_path,
+            listing=self._listing_path,
+            facts=self._facts,
             upstream=upstream,
         )
 

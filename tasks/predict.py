@@ -8,7 +8,8 @@ import torch
 from storage.schema import rows_to_table
 from tasks.stage import Context, Outcome, Stage
 from tasks.worker import load_pictures, study_classifier
-from xai_core.errors import UsageError
+from xai_core.batching import try_batches
+from xai_core.errors import ImageError, NotFinite, UsageError
 from xai_core.models import Classifier
 from xai_core.precision import precision_context
 
@@ -16,10 +17,11 @@ TOP = 5
 
 
 def run(context: Context) -> Outcome:
-    """Rows of ``predictions`` (top 5) and ``targets`` for one shard."""
-    pictures = load_pictures(context)
+    """Rows of ``predictions`` (top 5) and ``targets`` for one shard; without finite logits there are none."""
+    everything = load_pictures(context)
     model = study_classifier(context)
-    logits = predict_logits(context, model, pictures.inputs)
+    logits, failed = _predict_logits(context, model, everything.inputs)
+    pictures = everything.take([row for row in range(len(everything)) if row not in failed])
     labels = _labels(context, pictures.image_ids)
     top1 = logits.argmax(dim=1).cpu().numpy() if len(logits) else np.zeros(0, np.int64)
     targets = labels if context.config.target == "label" else top1
@@ -28,14 +30,27 @@ def run(context: Context) -> Outcome:
     context.commit.table("predictions", _prediction_rows(pictures.image_ids, logits, names))
     context.commit.table("targets", _target_rows(pictures.image_ids, targets, names, correct))
     facts = {"correct": sum(map(bool, correct)) if context.work.facts["labels_are_classes"] else None}
-    return Outcome(len(pictures) + len(pictures.bad), len(pictures), pictures.bad, facts)
+    bad = (*everything.bad, *everything.as_bad(failed))
+    return Outcome(everything.given, len(pictures), bad, facts)
 
 
-def predict_logits(context: Context, model: Classifier, inputs: torch.Tensor) -> torch.Tensor:
-    """Logits ``[n, C]`` of all pictures of a shard, batch by batch."""
-    with torch.no_grad(), precision_context(context.config.run.precision, context.device):
-        batches = [model(some).float() for some in inputs.split(context.config.run.batch_size)]
-    return torch.cat(batches) if batches else torch.zeros(0, model.num_classes)
+def _predict_logits(
+    context: Context, model: Classifier, inputs: torch.Tensor
+) -> tuple[torch.Tensor, dict[int, ImageError]]:
+    """Finite logits ``[m, C]`` of the inputs ``[n, 3, H, W]``, in their order, and those that have none."""
+    run = context.config.run
+    with torch.no_grad(), precision_context(run.precision, context.device):
+        batches = try_batches(lambda rows: model(inputs[rows]).float(), len(inputs), run.batch_size)
+    if not batches.rows:
+        return torch.zeros(0, model.num_classes), batches.failed
+    logits = torch.cat(batches.results)
+    finite = logits.isfinite().all(dim=1)
+    broken: dict[int, ImageError] = {
+        row: NotFinite("the model gave logits that are NaN or infinite")
+        for row, good in zip(batches.rows, finite.tolist(), strict=True)
+        if not good
+    }
+    return logits[finite], {**batches.failed, **broken}
 
 
 def class_names(context: Context, model: Classifier) -> tuple[str, ...]:
@@ -107,7 +122,7 @@ def _prediction_rows(image_ids: np.ndarray, logits: torch.Tensor, names: tuple[s
 
 STAGE = Stage(
     name="predict",
-    version=1,
+    version=2,
     run=run,
     reads=lambda study, variant: {
         "target": study.config.target,

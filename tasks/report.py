@@ -26,18 +26,18 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def run(context: Context) -> Outcome:
     """The file ``report`` of a run; it loads nothing, and the same store gives the same bytes."""
-    context.commit.file("report", ".html", render(context).encode())
+    # It tells how long things took.
+    context.commit.file("report", ".html", render(context).encode(), repeatable=False)
     return Outcome(0, 0)
 
 
 def render(context: Context) -> str:
     """The page as HTML."""
     committed = Committed(context)
-    scores = committed.of_stage("metrics")
     entries = legend([choice.id for choice in context.config.methods])
-    rows = standings(context.store, scores)
-    charts = curve_charts(mean_curves(context.store, scores), entries)
-    cards, unreadable = gallery(context)
+    rows = standings(committed.results)
+    charts = curve_charts(mean_curves(committed.results), entries)
+    cards, unreadable = gallery(context, committed.results)
     set_aside, set_aside_rows, set_aside_images = report_data.quarantined(committed)
     timings = report_data.timings(committed)
     return _template().render(

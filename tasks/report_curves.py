@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from storage.commits import CommitRecord
-from storage.store import Store
+from storage.results import Results
 
 # Curves of images with different numbers of parts have different steps; they meet on one grid.
 GRID = np.linspace(0.0, 1.0, 101)
@@ -49,11 +48,10 @@ class MeanCurve:
         return Z95 * np.sqrt(variance / self.count)
 
 
-def mean_curves(store: Store, records: Iterable[CommitRecord]) -> list[MeanCurve]:
-    """Mean curves of all methods from records of the stage ``metrics``, insertion first, part curves last."""
+def mean_curves(results: Results) -> list[MeanCurve]:
+    """Mean curves of all methods of a run, insertion first, part curves last."""
     found: dict[tuple[str, str], MeanCurve] = {}
-    for record in records:
-        table = store.read_table(record, "curves")
+    for record, table in results.select("metrics").tables("curves"):
         columns = {name: table[name].to_numpy() for name in ("image_id", "fraction", "prob")}
         names = np.array(table["curve"].to_pylist(), dtype=object)
         method = record.unit.variant

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from storage.commits import KEY_CHARACTERS, CommitRecord, Unit
+from storage.results import Results
 from storage.runs import RunRecord
+from tasks.quarantine_rows import merged_rows
 from tasks.stage import Context
 from xai_core.concepts.dictionary import OVERCOMPLETENESS, default_atoms
 from xai_core.registry import methods, metrics
@@ -71,17 +72,15 @@ class Committed:
         """All of them, in the order of the chain."""
         return [self.context.record(unit.stage, unit.variant, unit.shard) for unit in self.units]
 
+    @cached_property
+    def results(self) -> Results:
+        """What they committed, to read."""
+        run_id = self.context.work.facts["run_id"]
+        return Results(self.context.store, tuple((run_id, record) for record in self.records))
+
     def of_stage(self, stage: str) -> list[CommitRecord]:
         """The records of one stage."""
         return [record for record in self.records if record.unit.stage == stage]
-
-    def rows(self, table: str, records: Iterable[CommitRecord]) -> list[dict[str, Any]]:
-        """Rows of a table from some records."""
-        return list(pa.concat_tables(self.tables(table, records)).to_pylist()) if records else []
-
-    def tables(self, table: str, records: Iterable[CommitRecord]) -> list[pa.Table]:
-        """A table's rows, record by record."""
-        return [self.context.store.read_table(record, table) for record in records]
 
     @cached_property
     def run(self) -> RunRecord | None:
@@ -107,8 +106,8 @@ def image_counts(committed: Committed) -> dict[str, Any]:
 
 def dictionaries(committed: Committed) -> list[DictionaryRow]:
     """One row for every layer and extractor."""
-    tables = committed.tables("concepts", committed.of_stage("dictionary"))
-    return [_dictionary(table, committed.context.config.concepts.atoms) for table in tables if table.num_rows]
+    tables = committed.results.select("dictionary").tables("concepts")
+    return [_dictionary(table, committed.context.config.concepts.atoms) for _, table in tables if table.num_rows]
 
 
 def _dictionary(table: pa.Table, asked: int | None) -> DictionaryRow:
@@ -129,7 +128,7 @@ def _atoms_note(row: dict[str, Any], asked: int | None) -> str:
 
 def timings(committed: Committed) -> list[TimingRow]:
     """Seconds, rate and memory of every stage and variant, in the order of the chain."""
-    rows = committed.rows("timings", committed.records)
+    rows = committed.results.table("timings").to_pylist()
     whole = sum(row["seconds"] for row in rows) or 1.0
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -158,13 +157,7 @@ def quarantined(committed: Committed) -> tuple[list[dict[str, Any]], int, int]:
 
     Methods that stumbled over the same image in the same way share a row.
     """
-    records = [record for record in committed.records if record.facts["quarantined"]]
-    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in committed.rows("quarantine", records):
-        key = tuple(row[name] for name in ("image_id", "path", "stage", "error", "message"))
-        kept = merged.setdefault(key, {**row, "methods": []})
-        kept["methods"] += [row["method"]] if row["method"] else []
-    rows = list(merged.values())
+    rows = merged_rows(committed.results.table("quarantine").to_pylist())
     return rows[:QUARANTINE_ROWS], len(rows), len({row["image_id"] for row in rows})
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+import xarray
 from PIL import Image
 
 from storage.canonical import digest_bytes
-from storage.commits import CommitRecord
 from storage.errors import SourceError
+from storage.results import Results
 from storage.sources import decode_image
 from tasks.sources import open_source
 from tasks.stage import Context
@@ -65,16 +67,17 @@ class Card:
     tiles: tuple[Tile, ...]
 
 
-def gallery(context: Context) -> tuple[list[Card], int]:
+def gallery(context: Context, results: Results) -> tuple[list[Card], int]:
     """The gallery's cards, and how many chosen pictures can no longer be read as they were listed."""
     methods = [choice.id for choice in context.config.methods]
     count = max(1, min(GALLERY_IMAGES, MOST_TILES // (len(methods) + 2)))
-    chosen = choose(_candidates(context), count)
+    first = results.select(shards=range(GALLERY_SHARDS))
+    chosen = choose(_candidates(first), count)
     pictures = {image.image_id: _read_picture(context, image) for image in chosen}
     shown = [image for image in chosen if pictures[image.image_id] is not None]
-    read = _reader(context)
-    signed = {method: any(is_signed(_map(context, read, method, one)) for one in shown) for method in methods}
-    cards = [Card(image, tuple(_tiles(context, read, image, pictures[image.image_id], signed))) for image in shown]
+    rows = Rows(first)
+    signed = {method: any(is_signed(_map(context, rows, method, one)) for one in shown) for method in methods}
+    cards = [Card(image, tuple(_tiles(context, rows, image, pictures[image.image_id], signed))) for image in shown]
     return cards, len(chosen) - len(shown)
 
 
@@ -93,37 +96,31 @@ def _by_id(image: Chosen) -> int:
     return image.image_id
 
 
-def _candidates(context: Context) -> list[Chosen]:
-    """The images that the model has seen, of the first shards, by id."""
-    found = []
-    for shard in _shards(context)[:GALLERY_SHARDS]:
-        predict = context.record("predict", shard=shard)
-        top = {
-            row["image_id"]: row
-            for row in context.store.read_table(predict, "predictions").to_pylist()
-            if row["rank"] == 1
-        }
-        targets = {row["image_id"]: row for row in context.store.read_table(predict, "targets").to_pylist()}
-        manifest = context.store.read_table(context.record("manifest", shard=shard), "manifest").to_pylist()
-        found += [
-            Chosen(
-                image_id=row["image_id"],
-                path=row["path"],
-                sha256=row["sha256"],
-                label=row["label_name"],
-                predicted=top[row["image_id"]]["class_name"],
-                probability=top[row["image_id"]]["prob"],
-                target=targets[row["image_id"]]["target_name"],
-                correct=targets[row["image_id"]]["correct"],
-            )
-            for row in manifest
-            if row["image_id"] in top
-        ]
-    return sorted(found, key=_by_id)
+def _candidates(results: Results) -> list[Chosen]:
+    """The images that the model has seen, by id."""
+    targets, top = _by_image(results.table("targets")), _by_image(_best(results.table("predictions")))
+    return [
+        Chosen(
+            image_id=row["image_id"],
+            path=row["path"],
+            sha256=row["sha256"],
+            label=row["label_name"],
+            predicted=top[row["image_id"]]["class_name"],
+            probability=top[row["image_id"]]["prob"],
+            target=targets[row["image_id"]]["target_name"],
+            correct=targets[row["image_id"]]["correct"],
+        )
+        for row in results.table("manifest").sort_by("image_id").to_pylist()
+        if row["image_id"] in top
+    ]
 
 
-def _shards(context: Context) -> list[int]:
-    return sorted(unit.shard for unit in context.work.upstream if unit.stage == "predict")
+def _best(predictions: pa.Table) -> pa.Table:
+    return predictions.filter(pc.field("rank") == 1)
+
+
+def _by_image(rows: pa.Table) -> dict[int, dict[str, Any]]:
+    return {row["image_id"]: row for row in rows.to_pylist()}
 
 
 def _read_picture(context: Context, image: Chosen) -> np.ndarray | None:
@@ -140,56 +137,57 @@ def _read_picture(context: Context, image: Chosen) -> np.ndarray | None:
     return (shown.permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
 
 
-Reader = Callable[[CommitRecord, str], np.ndarray]
+class Rows:
+    """Rows of committed arrays by image, each array opened once and read where it is asked for."""
+
+    def __init__(self, results: Results) -> None:
+        self._results = results
+        self._names = frozenset(results.array_names())
+        self._arrays: dict[str, xarray.DataArray] = {}
+
+    def row(self, name: str, image_id: int) -> xarray.DataArray | None:
+        """An image's row of an array, or None where it has none."""
+        if name not in self._names:
+            return None
+        if name not in self._arrays:
+            self._arrays[name] = self._results.xarray(name)
+        rows = self._arrays[name]
+        if image_id not in rows.indexes["image"]:
+            return None
+        row = rows.sel(image=image_id)
+        return row if bool(row["valid"]) else None
 
 
-def _reader(context: Context) -> Reader:
-    """Reads arrays of records and keeps the last ones: the images of a shard come one after the other."""
-
-    @lru_cache(maxsize=16)
-    def read(stage: str, variant: str, shard: int, name: str) -> np.ndarray:
-        return context.store.read_array(context.record(stage, variant, shard), name)
-
-    return lambda record, name: read(record.unit.stage, record.unit.variant, record.unit.shard, name)
-
-
-def _place(context: Context, stage: str, variant: str, image: Chosen) -> tuple[CommitRecord, int]:
-    """The record that holds an image's result, and the image's row in it."""
-    shard, row = divmod(image.image_id, context.config.run.shard_size)
-    return context.record(stage, variant, shard), row
-
-
-def _map(context: Context, read: Reader, method: str, image: Chosen) -> np.ndarray:
+def _map(context: Context, rows: Rows, method: str, image: Chosen) -> np.ndarray:
     """A method's map at input resolution ``[H, W]``, empty ``[0, 0]`` where the image has none."""
-    record, row = _place(context, "attribute", method, image)
-    if "maps" not in record.facts["arrays"] or not read(record, "valid")[row]:
+    values = rows.row(f"attribute/{method}/maps", image.image_id)
+    scale = rows.row(f"attribute/{method}/scale", image.image_id)
+    if values is None or scale is None:
         return np.zeros((0, 0))
-    values = torch.from_numpy(read(record, "maps")[row].astype(np.float32)) * float(read(record, "scale")[row])
-    rule = context.store.array_attributes(record, "maps")["upsampling"] or None
+    scaled = torch.from_numpy(values.values.astype(np.float32)) * float(scale)
     size = study_classifier(context).input_size
-    return upsample_map(values.unsqueeze(0), size, rule)[0].numpy()
+    return upsample_map(scaled.unsqueeze(0), size, values.attrs["upsampling"] or None)[0].numpy()
 
 
 def _tiles(
-    context: Context, read: Reader, image: Chosen, picture: np.ndarray | None, signed: dict[str, bool]
+    context: Context, rows: Rows, image: Chosen, picture: np.ndarray | None, signed: dict[str, bool]
 ) -> list[Tile]:
     if picture is None:
         return []
     subject = f"image {image.image_id} ({image.path})"
     tiles = [Tile("image", _uri(picture), f"{subject} as the model saw it")]
-    tiles.append(_part_tile(context, read, image, picture, subject))
+    tiles.append(_part_tile(rows, image, picture, subject))
     for method, has_sign in signed.items():
-        values = _map(context, read, method, image)
+        values = _map(context, rows, method, image)
         tiles.append(_method_tile(method, values, picture, has_sign, subject))
     return tiles
 
 
-def _part_tile(context: Context, read: Reader, image: Chosen, picture: np.ndarray, subject: str) -> Tile:
-    record, row = _place(context, "parts", "", image)
-    if "labels" not in record.facts["arrays"] or not read(record, "valid")[row]:
+def _part_tile(rows: Rows, image: Chosen, picture: np.ndarray, subject: str) -> Tile:
+    labels = rows.row("parts/labels", image.image_id)
+    if labels is None:
         return Tile("parts", None, f"no parts of {subject}", "no parts")
-    labels = read(record, "labels")[row]
-    return Tile("parts", _uri(part_map(picture, labels)), f"parts of {subject}")
+    return Tile("parts", _uri(part_map(picture, labels.values)), f"parts of {subject}")
 
 
 def _method_tile(method: str, values: np.ndarray, picture: np.ndarray, has_sign: bool, subject: str) -> Tile:

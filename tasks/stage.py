@@ -108,7 +108,8 @@ class Context:
             ("image", *dimensions),
             attributes,
         )
-        self.commit.array(name, self.work.series, self.work.first_row, whole, spec)
+        first = self.work.first_row
+        self.commit.array(name, self.work.series, first, whole, spec, image=self.work.start)
 
     def write_valid(self, rows: np.ndarray) -> None:
         """Writes which of the shard's rows hold a result."""

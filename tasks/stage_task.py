@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,15 +10,19 @@ from typing import Any, Protocol
 from storage.commits import Unit
 from storage.store import Store
 from tasks.errors import StageError
-from tasks.execute import Failure, Receipt
+from tasks.execute import Busy, Failure, Receipt
 from tasks.plan import Planned, Planner, to_run
 from tasks.stage import Stage, Work
 
+# How often units that another run writes are asked for again, and how long without any of them getting done.
+BUSY_SECONDS = 1.0
+PATIENCE_SECONDS = 3600.0
+
 
 class Executor(Protocol):
-    """Runs works in any order and yields a receipt or a failure for each as it ends."""
+    """Runs works in any order and yields for each, as it ends, a receipt, a failure or that it is busy."""
 
-    def run(self, works: list[Work]) -> Iterator[Receipt | Failure]:
+    def run(self, works: list[Work]) -> Iterator[Receipt | Failure | Busy]:
         """Runs all works."""
 
 
@@ -29,6 +34,9 @@ class Progress(Protocol):
 
     def advance(self, receipt: Receipt) -> None:
         """One unit was committed."""
+
+    def wait(self, reason: str) -> None:
+        """Units are being written by another process; the stage waits for it."""
 
     def end(self, stage: str, executed: int, reused: int) -> None:
         """A stage is over."""
@@ -74,14 +82,40 @@ def run_stage(
 
 
 def _collect(executor: Executor, works: list[Work], progress: Progress) -> tuple[list[Receipt], list[Failure]]:
-    receipts, failures = [], []
-    for result in executor.run(works) if works else ():
-        if isinstance(result, Failure):
-            failures.append(result)
-        else:
+    """Runs all works; those that another run writes at this moment are asked for again once it is done."""
+    receipts: list[Receipt] = []
+    failures: list[Failure] = []
+    patience = PATIENCE_SECONDS
+    while works:
+        busy = _run_once(executor, works, progress, receipts, failures)
+        patience = PATIENCE_SECONDS if len(busy) < len(works) else patience - BUSY_SECONDS
+        if busy and patience <= 0:
+            return receipts, [*failures, *(Failure(one.unit, one.reason) for one in busy)]
+        waiting = {one.unit for one in busy}
+        works = [work for work in works if work.unit in waiting]
+        if works:
+            progress.wait(busy[0].reason)
+            time.sleep(BUSY_SECONDS)
+    return receipts, failures
+
+
+def _run_once(
+    executor: Executor,
+    works: list[Work],
+    progress: Progress,
+    receipts: list[Receipt],
+    failures: list[Failure],
+) -> list[Busy]:
+    busy = []
+    for result in executor.run(works):
+        if isinstance(result, Receipt):
             receipts.append(result)
             progress.advance(result)
-    return receipts, failures
+        elif isinstance(result, Failure):
+            failures.append(result)
+        else:
+            busy.append(result)
+    return busy
 
 
 def _describe(stage: Stage, failures: list[Failure], works: int) -> str:
@@ -119,7 +153,7 @@ def _check_budget(planner: Planner, summary: StageSummary) -> None:
     if summary.quarantined > allowed * study.images:
         raise StageError(
             f"stage {summary.stage}: {summary.quarantined} of {study.images} images were quarantined, more than "
-            f'run.max_bad_fraction = {allowed} allows; see `vitrine sql "select path, message from quarantine"`, '
+            f"run.max_bad_fraction = {allowed} allows; see `vitrine quarantine`, "
             "mend or remove them, or raise the budget"
         )
 

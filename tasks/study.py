@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from storage.canonical import digest_bytes, digest_file, digest_json
-from storage.files import publish_bytes
 from storage.listing import Listing, build_listing
+from storage.sealed import read_sealed, write_sealed
 from storage.store import Store
 from tasks.config import ModelConfig, StudyConfig
 from tasks.sources import open_source
@@ -73,13 +72,14 @@ class Study:
     def _listing_digests(self, size: int) -> list[str]:
         """Digests of all whole shards of the listing, computed once and kept beside it."""
         path = self.listing.path.with_suffix(f".{size}.json")
-        if not path.exists():
+        digests = read_sealed(path)
+        if digests is None:
             digests = [
                 digest_json(self.listing.slice(start, min(start + size, self.listing.rows)))
                 for start in range(0, self.listing.rows, size)
             ]
-            publish_bytes(path, json.dumps(digests).encode())
-        return list(json.loads(path.read_bytes()))
+            write_sealed(path, digests)
+        return list(digests)
 
     def array_rows(self, shard: Shard) -> tuple[int, int, int]:
         """Where a shard stands in its arrays: first row, rows of the array, rows of an array shard.
@@ -150,9 +150,11 @@ def model_facts(config: ModelConfig, store: Store) -> dict[str, Any]:
     The digest of a checkpoint is its file's, read again whenever its size or time changed.
     """
     path = store.root / "models" / f"{digest_bytes(_model_fingerprint(config).encode())[:24]}.json"
-    if not path.exists():
-        publish_bytes(path, json.dumps(_load_facts(config)).encode())
-    return dict(json.loads(path.read_bytes()))
+    facts = read_sealed(path)
+    if facts is None:
+        facts = _load_facts(config)
+        write_sealed(path, facts)
+    return dict(facts)
 
 
 def _model_fingerprint(config: ModelConfig) -> str:

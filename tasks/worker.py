@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -14,6 +15,7 @@ from storage.canonical import digest_bytes, digest_json
 from storage.errors import SourceError
 from storage.sources import decode_image
 from tasks.config import ModelConfig
+from tasks.quarantine import IMAGE_ERRORS, set_aside
 from tasks.sources import open_source
 from tasks.stage import Bad, Context
 from xai_core.errors import UsageError
@@ -63,6 +65,37 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def given(self) -> int:
+        """How many images these are, readable or not."""
+        return len(self.rows) + len(self.bad)
+
+    def of_images(self, image_ids: Collection[int]) -> Pictures:
+        """Those of some images alone, readable or not."""
+        kept = np.array([image_id in image_ids for image_id in self.image_ids.tolist()], bool)
+        bad = tuple(one for one in self.bad if one.image_id in image_ids)
+        return self.take(np.flatnonzero(kept).tolist(), bad)
+
+    def take(self, positions: Sequence[int], bad: tuple[Bad, ...] = ()) -> Pictures:
+        """The readable ones at some positions, in their order; nothing is copied where these are all."""
+        if len(positions) == len(self):
+            return replace(self, bad=bad)
+        return Pictures(
+            rows=self.rows[positions],
+            image_ids=self.image_ids[positions],
+            paths=tuple(self.paths[position] for position in positions),
+            digests=tuple(self.digests[position] for position in positions),
+            inputs=self.inputs[positions],
+            bad=bad,
+        )
+
+    def as_bad(self, failed: Mapping[int, Exception]) -> tuple[Bad, ...]:
+        """The pictures at these positions with the errors that they met."""
+        return tuple(
+            set_aside(int(self.image_ids[position]), self.paths[position], error)
+            for position, error in sorted(failed.items())
+        )
+
 
 _kept: OrderedDict[str, Pictures] = OrderedDict()
 
@@ -90,8 +123,8 @@ def _decode(context: Context, model: Classifier) -> Pictures:
             _refuse_changed(content, row["sha256"])
             inputs.append(model.preprocess(decode_image(content)))
             good.append(row)
-        except (OSError, SourceError) as error:
-            bad.append(Bad(row["image_id"], row["path"], type(error).__name__, str(error)))
+        except IMAGE_ERRORS as error:
+            bad.append(set_aside(row["image_id"], row["path"], error))
     size = (0, 3, *model.input_size)
     image_ids = np.array([row["image_id"] for row in good], np.int64)
     return Pictures(

@@ -112,7 +112,7 @@ class SerialExecutor:
 
         for work in works:
             receipt = execute(work, "cpu")
-            if receipt.executed:
+            if getattr(receipt, "executed", False):
                 self.executed.append(work.unit)
             yield receipt
 
@@ -123,6 +123,8 @@ class Quiet:
     def begin(self, stage: str, units: int, images: int) -> None: ...
 
     def advance(self, receipt: Any) -> None: ...
+
+    def wait(self, reason: str) -> None: ...
 
     def end(self, stage: str, executed: int, reused: int) -> None: ...
 

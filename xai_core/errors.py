@@ -15,3 +15,15 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
     if close:
         return "did you mean " + " or ".join(repr(one) for one in close) + "?"
     return "known: " + ", ".join(known)
+
+
+class ImageError(RuntimeError):
+    """One image cannot be treated, for a reason of its own: it can be set aside, its neighbours need not be."""
+
+
+class OutOfMemory(ImageError):  # noqa: N818
+    """An image does not fit in memory even when it is treated alone."""
+
+
+class NotFinite(ImageError):  # noqa: N818
+    """An image gives NaN or infinity where a number is needed."""

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray
+import zarr
 
-from storage.arrays import ArraySpec, ensure_array, read_attributes, read_rows, write_shard
+from storage.arrays import (
+    ArraySpec,
+    encode_shard,
+    ensure_array,
+    metadata_of,
+    read_attributes,
+    read_rows,
+    shard_path,
+)
 from storage.errors import StoreError
+from storage.files import publish_bytes
 
 SPEC = ArraySpec(22, 16, (3, 5), "float32", ("image", "y", "x"), {"upsampling": "bilinear"})
 
 
 def values(rows: int) -> np.ndarray:
     return np.arange(rows * 15, dtype=np.float32).reshape(rows, 3, 5) + 1
+
+
+def write_shard(path: Path, start: int, rows: np.ndarray, spec: ArraySpec = SPEC) -> Path:
+    file = shard_path(path, spec, start)
+    publish_bytes(file, b"".join(encode_shard(spec, start, rows)))
+    return file
 
 
 @pytest.fixture
@@ -36,14 +53,16 @@ def test_whole_shards_and_the_short_last_one_come_back(array: Path) -> None:
 
 @pytest.mark.parametrize(("start", "rows"), [(1, 16), (0, 15), (0, 8), (8, 8), (16, 5), (0, 22), (4, 18)])
 def test_rows_that_are_not_one_whole_shard_are_refused(array: Path, start: int, rows: int) -> None:
-    with pytest.raises(StoreError, match=r"expected rows of one whole shard of 16, got"):
+    with pytest.raises(StoreError, match=r"expected rows of one whole shard of 16 of 22, got"):
         write_shard(array, start, values(rows))
-    assert not (array / "c").exists()
+    assert [path.name for path in array.iterdir()] == ["zarr.json"]
 
 
 def test_items_of_another_shape_are_refused(array: Path) -> None:
-    with pytest.raises(StoreError, match=r"expected items \(3, 5\), got \(5, 3\)"):
+    with pytest.raises(StoreError, match=r"expected items \(3, 5\) of float32, got \(5, 3\) of float32"):
         write_shard(array, 0, values(16).reshape(16, 5, 3))
+    with pytest.raises(StoreError, match=r"of float32, got \(3, 5\) of float64"):
+        write_shard(array, 0, values(16).astype(np.float64))
 
 
 @pytest.mark.parametrize(
@@ -56,8 +75,39 @@ def test_items_of_another_shape_are_refused(array: Path) -> None:
     ],
 )
 def test_a_foreign_array_in_the_same_place_is_refused(array: Path, other: ArraySpec) -> None:
-    with pytest.raises(StoreError, match="belongs to another layout: remove it"):
+    with pytest.raises(StoreError, match="is damaged or belongs to another layout"):
         ensure_array(array, other)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"shape": 3}'])
+def test_damaged_metadata_is_not_written_beside(array: Path, content: bytes) -> None:
+    (array / "zarr.json").write_bytes(content)
+    with pytest.raises(StoreError, match=r"got no readable metadata; .+ see `vitrine verify`"):
+        ensure_array(array, SPEC)
+
+
+@pytest.mark.parametrize("item", [(), (4,), (3, 5)])
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int16", "float16", "float32", "int64"])
+def test_a_shard_has_the_bytes_that_zarr_itself_writes(tmp_path: Path, item: tuple[int, ...], dtype: str) -> None:
+    spec = ArraySpec(22, 16, item, dtype, ("image", "y", "x")[: 1 + len(item)], {"map_size": [7, 7]})
+    whole = np.random.default_rng(0).integers(0, 2, (22, *item)).astype(dtype)
+    whole[:8] = 0
+    ensure_array(tmp_path / "ours", spec)
+    ensure_array(tmp_path / "zarrs", spec)
+    theirs = zarr.open_array(tmp_path / "zarrs", mode="r+").with_config({"write_empty_chunks": True})
+    for start in (0, 16):
+        write_shard(tmp_path / "ours", start, whole[start : start + 16], spec)
+        theirs[start : start + 16] = whole[start : start + 16]
+    files = sorted(path.name for path in (tmp_path / "zarrs").iterdir())
+    assert len(files) == 3
+    for name in files:
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "zarrs" / name).read_bytes()
+
+
+def test_a_specification_survives_its_record() -> None:
+    again = ArraySpec.from_json(json.loads(json.dumps(SPEC.to_json())))
+    assert again == SPEC
+    assert metadata_of(again) == metadata_of(SPEC)
 
 
 def test_the_same_array_may_be_ensured_again_without_losing_rows(array: Path) -> None:
@@ -75,7 +125,7 @@ def test_an_all_zero_shard_is_a_file(array: Path) -> None:
 
 def test_one_file_holds_one_shard(array: Path) -> None:
     files = [write_shard(array, 0, values(16)), write_shard(array, 16, values(6))]
-    assert sorted(path for path in (array / "c").rglob("*") if path.is_file()) == sorted(files)
+    assert sorted(path for path in array.iterdir() if path.name != "zarr.json") == sorted(files)
 
 
 def test_every_flipped_bit_of_the_data_raises_when_read(array: Path) -> None:
@@ -103,7 +153,7 @@ def test_any_shard_size_works(tmp_path: Path, shard_rows: int) -> None:
     ensure_array(tmp_path / "a", spec)
     whole = np.arange(50, dtype=np.uint8).reshape(25, 2)
     for start in range(0, 25, spec.shard_rows):
-        write_shard(tmp_path / "a", start, whole[start : start + spec.shard_rows])
+        write_shard(tmp_path / "a", start, whole[start : start + spec.shard_rows], spec)
     np.testing.assert_array_equal(read_rows(tmp_path / "a", 0, 25), whole)
 
 

@@ -45,7 +45,7 @@ def test_lossless_pictures_come_back_exactly(kind: str) -> None:
     ("content", "message"),
     [
         (b"", "got 0 bytes"),
-        (b"not a picture at all", "not a readable picture: UnidentifiedImageError"),
+        (b"not a picture at all", "none of JPEG, PNG, .+; it begins with b'not a picture at all'"),
         (encoded(picture(0), "JPEG")[:-200], "not a readable picture: OSError"),
         (encoded(picture(0), "JPEG")[:10], "not a readable picture"),
         (encoded(picture(0), "PNG")[:-40], "not a readable picture"),
@@ -85,6 +85,40 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
     assert np.abs(found[..., 0].astype(int) - (ramp >> 8).astype(int)).max() <= 1
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_are_the_same_in_every_format(kind: str) -> None:
+    ramp = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    found = np.asarray(decode_image(encoded(Image.fromarray(ramp), kind)))
+    np.testing.assert_array_equal(found, np.repeat((ramp >> 8)[..., None], 3, axis=2))
+
+
+def test_the_transparent_one_of_sixteen_bit_greys_is_white_and_no_other() -> None:
+    ramp = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    found = np.asarray(decode_image(encoded(Image.fromarray(ramp), "PNG", transparency=640)))[..., 0]
+    np.testing.assert_array_equal(found, np.where(ramp == 640, 255, ramp >> 8))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_numbers_without_a_known_white_are_refused(kind: type) -> None:
+    with pytest.raises(SourceError, match="expected 8 or 16 bits a channel, got 32"):
+        decode_image(encoded(Image.fromarray(np.ones((4, 4), kind)), "TIFF"))
+
+
+def test_postscript_is_not_handed_to_an_interpreter() -> None:
+    with pytest.raises(SourceError, match=r"none of JPEG, .+ it begins with b'%!PS-Adobe-3\.0 EPSF-3\.0"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+
+
+def test_the_same_broken_bytes_are_refused_in_the_same_words() -> None:
+    content = b"this is no picture"
+    words = set()
+    for _ in range(3):
+        with pytest.raises(SourceError) as told:
+            decode_image(bytes(bytearray(content)))
+        words.add(str(told.value))
+    assert len(words) == 1 and " at 0x" not in words.pop()
+
+
 def test_transparency_is_laid_over_white() -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     half = Image.new("LA", (4, 4), (0, 128))
@@ -102,15 +136,27 @@ def test_a_palette_with_a_transparent_entry_is_laid_over_white() -> None:
 
 
 def test_exif_orientation_is_applied() -> None:
-    image = picture(3, width=40, height=24)
-    for orientation, turn in ((1, None), (3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_270)):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        content = encoded(image, "PNG", exif=exif)
-        expected = image if turn is None else image.transpose(turn)
-        np.testing.assert_array_equal(np.asarray(decode_image(content)), np.asarray(expected))
-        with Image.open(io.BytesIO(content)) as opened:
-            assert upright_size(opened) == expected.size
+    stored = np.asarray(picture(3, width=40, height=24))
+    # What EXIF says of the stored rows and columns, as numpy turns them.
+    upright = {
+        1: stored,
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.transpose(1, 0, 2),
+        6: np.rot90(stored, -1),
+        7: stored[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(stored),
+        9: stored,
+    }
+    for kind in ("PNG", "TIFF"):
+        for orientation, expected in upright.items():
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            content = encoded(Image.fromarray(stored), kind, exif=exif)
+            np.testing.assert_array_equal(np.asarray(decode_image(content)), expected, f"{kind} {orientation}")
+            with Image.open(io.BytesIO(content)) as opened:
+                assert upright_size(opened) == expected.shape[1::-1]
 
 
 def test_a_picture_of_one_pixel_is_a_picture() -> None:

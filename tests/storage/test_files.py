@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from storage.files import TEMPORARY, publish, publish_bytes, remove_leftovers
+from storage.files import FOREIGN_SECONDS, TEMPORARY, publish, publish_bytes, remove_leftovers
 
 
 def names(folder: Path) -> list[str]:
@@ -54,16 +56,59 @@ def test_a_name_as_long_as_the_system_allows_can_be_published(tmp_path: Path) ->
     assert path.read_bytes() == b"1"
 
 
-def test_leftovers_of_killed_writers_are_removed_and_fresh_files_spared(tmp_path: Path) -> None:
-    stale, fresh, kept = (tmp_path / "a" / name for name in (f"{TEMPORARY}1-x", f"{TEMPORARY}2-y", "x"))
-    folder = tmp_path / f"{TEMPORARY}3.sort"
+def test_leftovers_of_dead_writers_are_removed_at_once_and_those_of_living_ones_spared(tmp_path: Path) -> None:
+    write = "import sys; from pathlib import Path; from storage.files import temporary_name as name\n"
+    write += "Path(sys.argv[1], name('x')).write_bytes(b'half'); print('written', flush=True); sys.stdin.read()"
+    folder = tmp_path / "deep" / "er"
+    folder.mkdir(parents=True)
+    (folder / "kept").write_bytes(b"1")
+    command = [sys.executable, "-c", write, str(folder)]
+    writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert writer.stdout.readline() == b"written\n"
+    assert remove_leftovers(tmp_path) == 0
+    writer.kill()
+    writer.communicate()
+    assert remove_leftovers(tmp_path) == 1
+    assert names(folder) == ["kept"]
+
+
+def test_leftovers_of_other_machines_are_removed_after_a_day(tmp_path: Path) -> None:
+    stale, fresh = tmp_path / f"{TEMPORARY}00000000-1-aa-x", tmp_path / f"{TEMPORARY}00000000-1-bb-x"
+    folder = tmp_path / f"{TEMPORARY}00000000-1-cc.sort"
     folder.mkdir()
-    stale.parent.mkdir()
-    for path in (stale, fresh, kept):
+    (folder / "part").write_bytes(b"1")
+    for path in (stale, fresh):
         path.write_bytes(b"1")
-    an_hour_ago = time.time() - 3600
-    for path in (stale, kept, folder):
-        os.utime(path, (an_hour_ago, an_hour_ago))
+    long_ago = time.time() - FOREIGN_SECONDS - 60
+    for path in (stale, folder):
+        os.utime(path, (long_ago, long_ago))
     assert remove_leftovers(tmp_path) == 2
-    assert names(tmp_path / "a") == [fresh.name, "x"]
-    assert names(tmp_path) == ["a"]
+    assert names(tmp_path) == [fresh.name]
+
+
+def test_every_new_folder_and_file_is_made_durable_in_order(tmp_path: Path) -> None:
+    """Watched from outside: which descriptors a real process syncs, by name, and when it renames."""
+    child = """
+import os, sys
+from pathlib import Path
+real_sync, real_replace = os.fsync, os.replace
+def fsync(descriptor):
+    print("sync", os.readlink(f"/proc/self/fd/{descriptor}"))
+    real_sync(descriptor)
+def replace(source, target):
+    print("rename", target)
+    real_replace(source, target)
+os.fsync, os.replace = fsync, replace
+from storage.files import publish_bytes
+publish_bytes(Path(sys.argv[1], "a", "b", "file"), b"content")
+"""
+    printed = subprocess.run(
+        [sys.executable, "-c", child, str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout
+    events = [line.split(" ", 1) for line in printed.splitlines()]
+    assert [kind for kind, _ in events] == ["sync", "sync", "sync", "rename", "sync"]
+    places = [Path(path) for _, path in events]
+    assert places[:2] == [tmp_path, tmp_path / "a"]
+    assert places[2].parent == tmp_path / "a" / "b"
+    assert places[2].name.startswith(TEMPORARY)
+    assert places[3:] == [tmp_path / "a" / "b" / "file", tmp_path / "a" / "b"]

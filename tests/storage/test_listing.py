@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.listing import Listing, _uniform, build_listing
+from storage.listing import Listing, _uniform, build_listing, seal_of
 from storage.sources import FolderSource, ImageItem
 
 
@@ -111,7 +111,17 @@ def test_the_digest_changes_when_a_file_is_touched_or_added(tiny_folder: Path, t
 
 def test_nothing_unfinished_is_left_beside_the_listing(tiny_folder: Path, tmp_path: Path) -> None:
     listing = build_listing(FolderSource(tiny_folder), tmp_path / "listings", 0)
-    assert list((tmp_path / "listings").iterdir()) == [listing.path]
+    assert sorted((tmp_path / "listings").iterdir()) == [seal_of(listing.path), listing.path]
+
+
+def test_a_listing_whose_seal_is_damaged_is_made_again(tiny_folder: Path, tmp_path: Path) -> None:
+    listing = build_listing(FolderSource(tiny_folder), tmp_path / "listings", 0)
+    whole = listing.path.read_bytes()
+    for damage in (seal_of(listing.path).unlink, lambda: seal_of(listing.path).write_bytes(b"{")):
+        damage()
+        listing.path.write_bytes(b"damaged too")
+        assert build_listing(FolderSource(tiny_folder), tmp_path / "listings", 0) == listing
+        assert listing.path.read_bytes() == whole
 
 
 def test_a_source_that_fails_half_way_leaves_no_listing(tmp_path: Path) -> None:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from packaging.version import Version
 
 from storage.arrays import ArraySpec
 from storage.canonical import digest_file
 from storage.commits import CommitRecord, Unit, key_of
 from storage.errors import NoStoreError, StoreError
 from storage.files import TEMPORARY
-from storage.schema import TABLES, rows_to_table
+from storage.schema import FORMAT_VERSION, READ_SINCE, TABLES, rows_to_table
 from storage.store import Store, open_store
-from storage.verify import Damage, verify_store
 
 SPEC = ArraySpec(8, 4, (3,), "float32", ("image", "x"), {})
 
@@ -62,7 +61,7 @@ def test_what_a_commit_wrote_comes_back(store: Store) -> None:
 
 def test_a_record_holds_size_and_digest_of_every_object(store: Store) -> None:
     record = commit(store, 0)
-    assert len(record.objects) == 3
+    assert [Path(one.path).suffix for one in record.objects] == [".parquet", ".0", ".json", ".txt"]
     for one in record.objects:
         path = store.root / one.path
         assert (one.bytes, one.sha256) == (path.stat().st_size, digest_file(path))
@@ -123,48 +122,15 @@ def damage_truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def damage_altered(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
-
-
-DAMAGES = {"missing": damage_missing, "truncated": damage_truncated, "altered": damage_altered}
-
-
-@pytest.mark.parametrize("position", range(3), ids=["table", "array", "file"])
-@pytest.mark.parametrize("kind", ["missing", "truncated"])
-def test_a_unit_whose_object_is_gone_or_cut_is_not_done(store: Store, position: int, kind: str) -> None:
-    record, other = commit(store, 0), commit(store, 1)
-    DAMAGES[kind](store.root / record.objects[position].path)
+@pytest.mark.parametrize("position", range(4), ids=["table", "array", "metadata", "file"])
+@pytest.mark.parametrize("damage", [damage_missing, damage_truncated])
+def test_a_unit_whose_object_is_gone_or_cut_is_not_done(store: Store, position: int, damage) -> None:
+    record = commit(store, 0)
+    other = commit(store, 1, salt="in an array of its own")
+    damage(store.root / record.objects[position].path)
     assert store.done(record.unit, record.key) is None
     assert record.objects[position].path in store.damage(record)[0]
     assert store.done(other.unit, other.key) == other
-
-
-@pytest.mark.parametrize("position", range(3), ids=["table", "array", "file"])
-@pytest.mark.parametrize("kind", sorted(DAMAGES))
-def test_verify_finds_damage_and_repair_drops_just_that_commit(store: Store, position: int, kind: str) -> None:
-    record, other = commit(store, 0), commit(store, 1)
-    assert verify_store(store) == (6, [])
-    place = record.objects[position].path
-    DAMAGES[kind](store.root / place)
-    assert verify_store(store) == (6, [Damage(record.unit, place, kind)])
-    assert len(list(store.commits)) == 2
-    verify_store(store, repair=True)
-    assert list(store.commits) == [other]
-    assert verify_store(store) == (3, [])
-
-
-def test_repair_removes_what_killed_writers_left(store: Store) -> None:
-    record = commit(store, 0)
-    left = store.root / "tables" / "metrics" / f"{TEMPORARY}aa-x.parquet"
-    left.write_bytes(b"half")
-    os.utime(left, (time.time() - 3600,) * 2)
-    verify_store(store)
-    assert left.exists()
-    verify_store(store, repair=True)
-    assert not left.exists()
-    assert list(store.commits) == [record]
 
 
 def test_a_unit_committed_again_under_its_key_is_whole(store: Store) -> None:
@@ -187,7 +153,64 @@ def test_a_store_is_created_only_where_nothing_else_is(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["thesis.txt"]
 
 
-def test_a_store_of_a_newer_format_is_refused(store: Store) -> None:
-    (store.root / "vitrine.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(StoreError, match="has format 99, this version reads up to 1: upgrade"):
+def test_a_damaged_unit_that_is_begun_again_is_not_done_until_it_is_finished(store: Store) -> None:
+    record = commit(store, 0)
+    (store.root / record.objects[0].path).unlink()
+    store.begin(record.unit, record.key, record.ingredients)
+    assert store.commits.read(record.unit, record.key) is None
+
+
+def test_a_commit_that_replaces_rows_of_another_drops_that_one_first(store: Store) -> None:
+    old, neighbour = commit(store, 0), commit(store, 1)
+    ingredients = {"other": "images under the same listing"}
+    writing = store.begin(old.unit, key_of(ingredients), ingredients)
+    writing.array("maps", "series", 0, np.full((4, 3), 9, np.float32), SPEC)
+    assert list(store.commits) == [neighbour]
+    new = writing.finish({"images": 4, "ok": 4, "quarantined": 0})
+    assert (store.read_array(new, "maps") == 9).all()
+    assert (store.read_array(neighbour, "maps") == 2).all()
+
+
+def test_a_flipped_bit_of_a_table_or_of_metadata_is_an_error_and_never_a_value(store: Store) -> None:
+    record = commit(store, 0)
+    metadata = store.root / record.facts["arrays"]["maps"]["path"] / "zarr.json"
+    table = store.root / record.facts["tables"]["metrics"]
+    for path, read, name in ((table, store.read_table, "metrics"), (metadata, store.read_array, "maps")):
+        whole = path.read_bytes()
+        for position in range(0, len(whole), 5):
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
+            with pytest.raises(StoreError, match=r"expected the bytes that metrics grad_cam #0 committed"):
+                read(record, name)
+        path.write_bytes(whole)
+        read(record, name)
+
+
+def test_a_flipped_bit_of_a_tables_data_is_an_error_for_datasets_too(store: Store) -> None:
+    record = commit(store, 0)
+    path = store.root / record.facts["tables"]["metrics"]
+    column = pq.read_metadata(path).row_group(0).column(3)
+    whole = path.read_bytes()
+    last = column.dictionary_page_offset + column.total_compressed_size - 1
+    path.write_bytes(whole[:last] + bytes([whole[last] ^ 16]) + whole[last + 1 :])
+    with pytest.raises((OSError, pa.ArrowException)):
+        store.dataset("metrics", [record]).to_table()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": "x"}', b"{}"])
+def test_a_damaged_marker_is_named_with_its_remedy(store: Store, content: bytes) -> None:
+    (store.root / "vitrine.json").write_bytes(content)
+    with pytest.raises(StoreError, match=r"vitrine\.json: expected the store's format, got a damaged file; write"):
         open_store(store.root)
+
+
+def test_a_store_of_a_newer_format_is_refused_with_the_version_that_it_needs(store: Store) -> None:
+    (store.root / "vitrine.json").write_text(json.dumps({"format": 99, "needs": "7.1.0"}))
+    for create in (False, True):
+        with pytest.raises(StoreError, match=r"has format 99, which needs vitrine 7\.1\.0 or later; this"):
+            open_store(store.root, create=create)
+
+
+def test_a_store_says_which_version_reads_it(store: Store) -> None:
+    marker = json.loads((store.root / "vitrine.json").read_bytes())
+    assert marker == {"format": FORMAT_VERSION, "needs": READ_SINCE[FORMAT_VERSION]}
+    assert Version(READ_SINCE[FORMAT_VERSION]) <= Version(version("vitrine"))

@@ -13,6 +13,7 @@ from PIL import Image
 from storage import open_store
 from storage.commits import Unit
 from storage.errors import StoreError
+from storage.results import Results
 from storage.runs import RunRecord
 from storage.schema import rows_to_table
 from storage.sql import query
@@ -24,6 +25,7 @@ from tasks.pipeline import STAGES
 from tasks.plan import Planner, to_run
 from tasks.report import render
 from tasks.report_curves import GRID, mean_curves
+from tasks.report_data import Committed
 from tasks.report_gallery import Chosen, choose
 from tasks.report_leaderboard import verdict
 from tasks.stage import Context
@@ -252,8 +254,7 @@ def test_pictures_that_changed_since_are_left_out(pictures, context):
 
 
 def test_mean_curves_agree_with_sql_and_with_their_metric(context):
-    records = [context.record(unit.stage, unit.variant, unit.shard) for unit in context.work.upstream]
-    curves = mean_curves(context.store, [one for one in records if one.unit.stage == "metrics"])
+    curves = mean_curves(Committed(context).results)
     assert [one.curve for one in curves] == ["deletion[steps=4]"] * 3 + ["part_insertion"] * 3
     steps = query(
         context.store,
@@ -285,7 +286,7 @@ def test_mean_curve_over_images_with_different_numbers_of_parts(tmp_path):
         "prob": fraction,
     }
     commit.table("curves", rows_to_table("curves", columns))
-    (curve,) = mean_curves(store, [commit.finish({})])
+    (curve,) = mean_curves(Results(store, (("r", commit.finish({})),)))
     assert curve.count == 2
     assert np.allclose(curve.mean, GRID, atol=1e-6)
     assert np.allclose(curve.margin, 0, atol=1e-6)

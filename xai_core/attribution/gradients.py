@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from xai_core.batching import run_smaller
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
 from xai_core.registry import methods
@@ -61,12 +62,14 @@ def integrated_gradients(
 
     black = model.normalise(torch.zeros_like(images[:1]))
     baseline = black.expand_as(images) if options.baseline == "black" else torch.zeros_like(images)
-    with torch.enable_grad():
-        attribution = IntegratedGradients(model.__call__).attribute(
-            images,
-            baselines=baseline,
-            target=targets,
-            n_steps=options.steps,
-            internal_batch_size=max(batch_size, len(images)),
+    captum = IntegratedGradients(model.__call__)
+
+    def in_passes_of(size: int) -> Tensor:
+        return captum.attribute(
+            images, baselines=baseline, target=targets, n_steps=options.steps, internal_batch_size=size
         )
+
+    # Captum's passes hold (image, step) pairs, at least one step of every image.
+    with torch.enable_grad():
+        attribution = run_smaller(in_passes_of, max(batch_size, len(images)), least=len(images))
     return attribution.detach().sum(dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from xai_core.batching import join_rows, run_batches
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
 from xai_core.parts.labels import NO_PART
@@ -43,7 +45,7 @@ def attribute(
         images: normalised inputs ``[B, 3, H, W]``; targets: class indices ``[B]``.
         options: the method's options object, or a dict of them; defaults where None.
         parts: labels ``[B, H, W]`` (255 = no part), which part methods need.
-        batch_size: the most images in one pass; it never changes a result.
+        batch_size: the most images in one pass, fewer where these do not fit in memory; it never changes a result.
         native: leave maps in the method's own resolution instead of upsampling to the input's.
 
     Returns:
@@ -51,6 +53,7 @@ def attribute(
 
     Raises:
         UsageError: an unknown method, a family it does not fit, missing parts, or targets out of range.
+        OutOfMemory: one image does not fit in memory even alone.
     """
     entry = methods.get(method)
     if entry.output == "parts":
@@ -58,12 +61,12 @@ def attribute(
         return paint_parts(scores.score, _required_parts(entry, parts))
     check_request(entry, model, images, targets)
     chosen = _options(entry, options)
-    maps = torch.cat(
-        [
-            entry.function(model, some_images, some_targets, chosen, batch_size)
-            for some_images, some_targets in zip(images.split(batch_size), targets.split(batch_size), strict=True)
-        ]
-    ).float()
+    batches = run_batches(
+        lambda rows: entry.function(model, images[rows], targets[rows], chosen, batch_size),
+        len(images),
+        batch_size,
+    )
+    maps = torch.cat(batches).float() if batches else images.new_zeros(0, *images.shape[-2:]).float()
     return maps if native else upsample_map(maps, images.shape[-2:], entry.upsampling)
 
 
@@ -84,6 +87,14 @@ def score_parts(
     check_request(entry, model, images, targets)
     return entry.function(
         model, images, targets, _required_parts(entry, parts), _options(entry, options), batch_size
+    )
+
+
+def join_scores(scores: Sequence[PartScores]) -> PartScores:
+    """The scores of several batches as those of one."""
+    return PartScores(
+        join_rows([one.score for one in scores]),
+        {name: join_rows([one.terms[name] for one in scores]) for name in scores[0].terms},
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from xai_core.attention import explicit_attention
 from xai_core.attribution.gradients import input_gradient
 from xai_core.attribution.interface import PartScores
+from xai_core.batching import run_batches
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
 from xai_core.parts.labels import NO_PART
@@ -118,7 +119,7 @@ def kl_hessian(
 
     Args:
         parts: labels ``[B, H, W]`` in 0..K-1, 255 where a pixel belongs to no part.
-        batch_size: the most pictures in one pass; a pair is two pictures.
+        batch_size: the most pictures in one pass, fewer where these do not fit in memory; a pair is two pictures.
 
     Returns:
         Scores ``[B, K]`` with terms ``kl_sym`` (nats) and ``curvature`` (logit per squared input unit).
@@ -131,12 +132,13 @@ def kl_hessian(
     present = _present(parts)
     image_of, part_of = present.nonzero(as_tuple=True)
     gradients, log_probs = _clean_pass(model, images, targets, batch_size)
-    terms = [
-        _pair_terms(model, images, targets, parts, gradients, log_probs, owner, part, options)
-        for owner, part in zip(
-            image_of.split(max(1, batch_size // 2)), part_of.split(max(1, batch_size // 2)), strict=True
-        )
-    ]
+    terms = run_batches(
+        lambda rows: _pair_terms(
+            model, images, targets, parts, gradients, log_probs, image_of[rows], part_of[rows], options
+        ),
+        len(image_of),
+        max(1, batch_size // 2),
+    )
     kl_sym = _scatter(present, [kl for kl, _ in terms])
     curvature = _scatter(present, [curv for _, curv in terms])
     score = SCORES[options.score](kl_sym, curvature, options.gamma)
@@ -145,10 +147,7 @@ def kl_hessian(
 
 def _clean_pass(model: Classifier, images: Tensor, targets: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """The gradient g of every image, once, and the log-probabilities of the clean image from the same pass."""
-    passes = [
-        input_gradient(model, some_images, some_targets)
-        for some_images, some_targets in zip(images.split(batch_size), targets.split(batch_size), strict=True)
-    ]
+    passes = run_batches(lambda rows: input_gradient(model, images[rows], targets[rows]), len(images), batch_size)
     logits = torch.cat([logits for logits, _ in passes])
     return torch.cat([gradient for _, gradient in passes]), logits.double().log_softmax(dim=1)
 

@@ -50,7 +50,8 @@ def sample_pfvs(
     are the sample of n. Once all positions with mass are drawn, the others follow uniformly: their relevance
     is zero or negative, and zero throughout where the layer does not feed the logit.
 
-    A draw depends on the image, its seed and the layer's name alone, not on the batch it came in.
+    A draw depends on the image, its seed and the layer's name alone, not on the batch it came in. An image with
+    a contribution that is not finite has the relevance NaN throughout: what it drew means nothing.
 
     Args:
         images: normalised inputs ``[B, 3, H, W]``; targets: class indices ``[B]``.
@@ -113,6 +114,7 @@ def _sample_map(
 ) -> PfvSample:
     rows, columns = activation.shape[-2:]
     relevance = contribution(activation, gradient).flatten(1)
+    relevance = torch.where(relevance.isfinite().all(dim=1, keepdim=True), relevance, torch.nan)
     noise = np.stack([generator.gumbel(size=rows * columns) for generator in generators])
     # On the CPU in float64 on every device, so that devices differ by no more than their gradients do.
     drawn = _draw(_mass(relevance.cpu().double()), torch.from_numpy(noise), count).to(relevance.device)

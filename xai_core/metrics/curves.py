@@ -71,16 +71,17 @@ def part_deletion(options: PartCurveOptions) -> tuple[Trajectory, ...]:
 
 
 def area(curve: Curve) -> Tensor:
-    """Normalised trapezoid area under curves ``[B, T + 1]``, steps 0 and T kept: ``[B]``."""
+    """Normalised trapezoid area under curves ``[B, T + 1]``, steps 0 and T kept: ``[B]``; NaN if any step is."""
     width = curve.fraction.diff(dim=1)
     height = 0.5 * (curve.prob[:, 1:] + curve.prob[:, :-1])
-    return (width * height).nansum(dim=1)
+    return torch.where(width.isnan(), 0.0, width * height).sum(dim=1)
 
 
 def mean_drop(curve: Curve, *, absolute: bool) -> Tensor:
-    """Mean over steps 1..T of p(x) - p(x_t), or of its absolute value: ``[B]``."""
+    """Mean over steps 1..T of p(x) - p(x_t), or of its absolute value: ``[B]``; NaN if any step is."""
     drop = curve.prob[:, :1] - curve.prob[:, 1:]
-    return (drop.abs() if absolute else drop).nanmean(dim=1)
+    taken = curve.fraction[:, 1:].isfinite()
+    return torch.where(taken, drop.abs() if absolute else drop, 0.0).sum(dim=1) / taken.sum(dim=1)
 
 
 @metrics.register(
@@ -176,6 +177,8 @@ def defined(trajectory: Trajectory, maps: Tensor, scores: Tensor) -> Tensor:
     """Where a trajectory's ranking means something, ``[B]``: from maps ``[B, H, W]`` and scores ``[B, K]``."""
     values = maps.flatten(1) if trajectory.unit == "pixels" else scores
     finite = torch.isfinite(maps.flatten(1)).all(dim=1)
+    if not values.shape[1]:
+        return torch.zeros_like(finite)
     highest = values.nan_to_num(-torch.inf).amax(dim=1)
     lowest = values.nan_to_num(torch.inf).amin(dim=1)
     return finite & (highest > lowest)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xai_core.batching import join_rows
 from xai_core.errors import UsageError
 from xai_core.metrics.curves import defined
 from xai_core.metrics.trajectory import Curve, Trajectory, follow, rank_parts, rank_pixels
@@ -18,10 +19,15 @@ from xai_core.registry import MetricEntry, variant_id
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metric values ``[B]`` by id (NaN: undefined) and the curves they were read from, by curve id."""
+    """Metric values ``[B]`` by id (NaN: undefined) and the curves they were read from, by curve id.
+
+    ``broken`` ``[B]`` by metric says where a value is defined and yet NaN or infinite: the model gave no
+    probability for a perturbed image, or the metric is wrong. Such a value says nothing and is not "undefined".
+    """
 
     values: dict[str, Tensor]
     curves: dict[str, Curve]
+    broken: dict[str, Tensor]
 
 
 def evaluate(
@@ -53,12 +59,29 @@ def evaluate(
     rankings = {"pixels": rank_pixels(maps.nan_to_num()), "parts": rank_parts(scores, parts)}
     curves = follow(model, images, targets, rankings, wanted, batch_size)
     meaningful = {one: defined(one, maps, scores) for one in wanted}
+    values, broken = {}, {}
+    for entry, options in metrics:
+        name = variant_id(entry.name, options)
+        value = entry.function(curves, options)
+        known = _known(entry, options, meaningful, value)
+        values[name] = torch.where(known, value, torch.nan)
+        broken[name] = known & ~value.isfinite()
+    return Evaluation(values, {one.name: _blank(curve, meaningful[one]) for one, curve in curves.items()}, broken)
+
+
+def join_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The evaluations of several batches, by the same metrics, as that of one."""
+    first = evaluations[0]
     return Evaluation(
-        values={
-            variant_id(entry.name, options): _value(entry, options, curves, meaningful)
-            for entry, options in metrics
+        values={name: torch.cat([one.values[name] for one in evaluations]) for name in first.values},
+        curves={
+            name: Curve(
+                join_rows([one.curves[name].fraction for one in evaluations]),
+                join_rows([one.curves[name].prob for one in evaluations]),
+            )
+            for name in first.curves
         },
-        curves={one.name: _blank(curve, meaningful[one]) for one, curve in curves.items()},
+        broken={name: torch.cat([one.broken[name] for one in evaluations]) for name in first.broken},
     )
 
 
@@ -80,13 +103,12 @@ def mean_inside_parts(maps: Tensor, parts: Tensor) -> Tensor:
     return total[:, :count] / torch.where(area[:, :count] > 0, area[:, :count], torch.nan)
 
 
-def _value(
-    entry: MetricEntry, options: Any, curves: dict[Trajectory, Curve], meaningful: dict[Trajectory, Tensor]
-) -> Tensor:
-    value = entry.function(curves, options)
+def _known(entry: MetricEntry, options: Any, meaningful: dict[Trajectory, Tensor], value: Tensor) -> Tensor:
+    """Where a metric is defined: all its trajectories follow a ranking that means something."""
+    known = torch.ones_like(value, dtype=torch.bool)
     for trajectory in entry.trajectories(options):
-        value = torch.where(meaningful[trajectory], value, torch.nan)
-    return value
+        known = known & meaningful[trajectory]
+    return known
 
 
 def _blank(curve: Curve, meaningful: Tensor) -> Curve:

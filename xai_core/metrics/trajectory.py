@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from xai_core.batching import run_batches
 from xai_core.metrics.baselines import Baseline, make_baseline
 from xai_core.models import Classifier
 from xai_core.parts.labels import NO_PART
@@ -108,7 +109,8 @@ def follow(
     """The curves of some trajectories; ``rankings`` by unit (``pixels``, ``parts``).
 
     Args:
-        images: ``[B, 3, H, W]``; targets: ``[B]``; batch_size: the most images in one forward.
+        images: ``[B, 3, H, W]``; targets: ``[B]``; batch_size: the most images in one forward, fewer where
+            these do not fit in memory.
     """
     baselines = {
         baseline: make_baseline(baseline, model, images)
@@ -155,10 +157,15 @@ def _curve(
     interior = (thresholds > 0) & (thresholds < ranking.count.view(-1, 1))
     owner, step = interior.nonzero(as_tuple=True)
     kept, replacement = (images, baseline) if trajectory.start == "image" else (baseline, images)
-    for some, at in zip(owner.split(batch_size), step.split(batch_size), strict=True):
+
+    def forwarded(rows: slice) -> Tensor:
+        some, at = owner[rows], step[rows]
         perturbed = (ranking.position[some] < thresholds[some, at].view(-1, 1, 1)).unsqueeze(1)
         batch = torch.where(perturbed, replacement[some], kept[some])
-        prob[some, at] = _target_probability(model, batch, targets[some])
+        return _target_probability(model, batch, targets[some])
+
+    if len(owner):
+        prob[owner, step] = torch.cat(run_batches(forwarded, len(owner), batch_size))
     # Where steps outnumber pixels the first and last states occur more than once.
     prob = torch.where(thresholds == 0, first.view(-1, 1), prob)
     return Curve(fraction, torch.where(thresholds == ranking.count.view(-1, 1), last.view(-1, 1), prob))
@@ -176,10 +183,7 @@ def _thresholds(ranking: Rankings, trajectory: Trajectory) -> Tensor:
 
 def _probabilities(model: Classifier, images: Tensor, targets: Tensor, batch_size: int) -> Tensor:
     return torch.cat(
-        [
-            _target_probability(model, some, of)
-            for some, of in zip(images.split(batch_size), targets.split(batch_size), strict=True)
-        ]
+        run_batches(lambda rows: _target_probability(model, images[rows], targets[rows]), len(images), batch_size)
     )
 
 

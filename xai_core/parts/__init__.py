@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xai_core.errors import UsageError
+from xai_core.errors import NotFinite, UsageError
 from xai_core.models import Classifier
 from xai_core.parts import grid, mask_files, slic, spectral, tokens  # noqa: F401  (importing registers them)
 from xai_core.parts.features import position_features
@@ -62,6 +62,7 @@ def parse_parts(
     Raises:
         UsageError: an unknown parser, options of another parser, k or min_area out of range, more parts than
             positions, or masks that are missing or do not fit the images.
+        NotFinite: the network gives NaN or infinite features for some image.
     """
     entry = parsers.get(parser)
     options = entry.options() if options is None else options
@@ -70,7 +71,7 @@ def parse_parts(
     given = ParserInput(
         images=images,
         pictures=model.denormalise(images.float()).permute(0, 2, 3, 1).cpu().numpy(),
-        features=position_features(model, images, backbone).cpu().numpy() if reads_features else None,
+        features=_finite_features(model, images, backbone) if reads_features else None,
         masks=_checked_masks(entry, masks, images) if reads_masks else None,
         k=k,
         seed=seed,
@@ -95,6 +96,13 @@ def _check(entry: ParserEntry, options: object, k: int, min_area: float) -> None
             f"parts.min_area: expected a fraction of the image, at least 0 and below 1, got {min_area}; "
             "0.005 is half a percent"
         )
+
+
+def _finite_features(model: Classifier, images: Tensor, backbone: Classifier | None) -> np.ndarray:
+    features = position_features(model, images, backbone)
+    if not features.isfinite().all():
+        raise NotFinite(f"{(backbone or model).spec.name} gave features that are NaN or infinite")
+    return features.cpu().numpy()
 
 
 def _checked_masks(entry: ParserEntry, masks: Tensor | None, images: Tensor) -> np.ndarray:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from xai_core.batching import run_batches
 from xai_core.layers import as_map, captured
 from xai_core.models import Classifier
 
@@ -34,10 +35,13 @@ def position_features(
         float32 ``[B, rows, columns, D]`` of length 1, on the device of the network that made them.
     """
     extractor = backbone or model
-    maps = [
-        _feature_map(extractor, chunk if backbone is None else _translate(chunk, model, backbone))
-        for chunk in images.to(extractor.device).split(batch_size)
-    ]
+    images = images.to(extractor.device)
+
+    def features(rows: slice) -> Tensor:
+        chunk = images[rows] if backbone is None else _translate(images[rows], model, backbone)
+        return _feature_map(extractor, chunk)
+
+    maps = run_batches(features, len(images), batch_size)
     return functional.normalize(torch.cat(maps).float().permute(0, 2, 3, 1), dim=-1)
 
 

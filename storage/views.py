@@ -1,0 +1,162 @@
+"""What people can ask: the tables in words, and the views that answer the usual questions, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DESCRIPTIONS = {
+    "manifest": "what the images are: path, digest, size and label; `images` adds the target",
+    "targets": "the class that every explanation of an image is about, fixed by the predict stage",
+    "predictions": "the model's first classes of every image, rank 0 first",
+    "parts": "the parts of every image: area in pixels and bounding box",
+    "part_scores": "every method's score of every part, with kl_hessian's own terms",
+    "metrics": "every metric of every method on every image; value is null where the metric is undefined",
+    "curves": "the points of the perturbation curves that stand behind the metrics",
+    "concepts": "the concepts of every dictionary, with its fit",
+    "timings": "seconds and peak memory of every unit of work",
+    "quarantine": "images that a stage could not treat, and why",
+    "runs": "one row a run: state, model, config, versions",
+    "metric_info": "what every metric is: direction, bounds, definition, source",
+    "method_info": "what every method is: output, definition, equation, source",
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """A named question: ``sql`` may use the tables and the views before it."""
+
+    name: str
+    description: str
+    sql: str
+
+
+# Values of metrics that have a direction, turned so that more merit is always better.
+MERITS = """
+merits as (
+    select run_id, image_id, method, metric, value, if(higher_is_better, value, -value) as merit
+    from metrics join metric_info using (run_id, metric)
+    where isfinite(value) and higher_is_better is not null
+)
+"""
+
+IMAGES = View(
+    "images",
+    "every image with its label, its target and whether the model is right",
+    """
+select m.*, t.target, t.target_name, t.correct
+from manifest m left join targets t using (run_id, image_id)
+""",
+)
+
+# Sums depend on the order of the rows in their last bits, so means that agree as single precision numbers tie.
+LEADERBOARD = View(
+    "leaderboard",
+    "mean and standard error of every method on every metric over its defined values; rank 1 is best, equal means "
+    "share a rank; no rank without a direction or a value",
+    """
+with means as (
+    select
+        run_id, method, metric,
+        favg(value) filter (isfinite(value)) as mean,
+        stddev_samp(value) filter (isfinite(value)) / sqrt(count(*) filter (isfinite(value))) as standard_error,
+        count(*) filter (isfinite(value)) as images,
+        count(*) - count(*) filter (isfinite(value)) as nulls
+    from metrics
+    group by all
+),
+directed as (
+    select means.*, higher_is_better, try_cast(if(higher_is_better, mean, -mean) as float) as merit
+    from means left join metric_info using (run_id, metric)
+)
+select
+    run_id, method, metric, mean, standard_error, images, nulls, higher_is_better,
+    if(higher_is_better is null or merit is null, null,
+       rank() over (partition by run_id, metric order by merit desc nulls last)) as rank
+from directed
+order by run_id, metric, rank nulls last, method
+""",
+)
+
+BEST_METHOD_PER_IMAGE = View(
+    "best_method_per_image",
+    "the method with the best value on every image and metric; where several tie, a row for each, counted in "
+    "tied; methods counts those with a value",
+    f"""
+with {MERITS},
+best as (
+    select run_id, metric, image_id, max(merit) as merit, count(*) as methods
+    from merits
+    group by all
+),
+winners as (
+    select
+        merits.run_id, merits.metric, merits.image_id, merits.method, merits.value, best.methods,
+        count(*) over (partition by merits.run_id, merits.metric, merits.image_id) as tied
+    from merits join best using (run_id, metric, image_id, merit)
+)
+select w.run_id, w.metric, w.image_id, i.path, w.method, w.value, w.methods, w.tied
+from winners w left join images i using (run_id, image_id)
+order by w.run_id, w.metric, w.image_id, w.method
+""",
+)
+
+DISAGREEMENTS = View(
+    "disagreements",
+    "images on which methods differ, by metric; place 1 is the widest gap; leader_differs where no method that is "
+    "best on the image leads the leaderboard",
+    f"""
+with {MERITS},
+leaders as (
+    select run_id, metric, list(method) as methods, string_agg(method, ' | ' order by method) as leader
+    from leaderboard
+    where rank = 1
+    group by all
+),
+rivals as (
+    select merits.*, leader, list_contains(leaders.methods, method) as leads
+    from merits join leaders using (run_id, metric)
+),
+spread as (
+    select
+        run_id, metric, image_id, leader,
+        first({{method: method, value: value, leads: leads}} order by merit desc, leads desc, method) as best,
+        first({{method: method, value: value}} order by merit, leads, method) as worst,
+        max(merit) - min(merit) as gap
+    from rivals
+    group by all
+    having gap > 0
+)
+select
+    s.run_id, s.metric,
+    row_number() over (partition by s.run_id, s.metric order by s.gap desc, s.image_id) as place,
+    s.image_id, i.path,
+    s.best.method as best_method, s.best.value as best_value,
+    s.worst.method as worst_method, s.worst.value as worst_value,
+    s.gap, s.leader, not s.best.leads as leader_differs
+from spread s left join images i using (run_id, image_id)
+order by s.run_id, s.metric, place
+""",
+)
+
+WORST_IMAGES = View(
+    "worst_images",
+    "the images on which a method does worst, by metric; place 1 is the worst, ties in the order of image_id; at "
+    "most 100 for each",
+    f"""
+with {MERITS},
+placed as (
+    select
+        run_id, method, metric, image_id, value,
+        row_number() over (partition by run_id, method, metric order by merit, image_id) as place
+    from merits
+    qualify place <= 100
+)
+select
+    p.run_id, p.method, p.metric, p.place, p.image_id, i.path, i.label, i.label_name, i.target, i.target_name,
+    i.correct, p.value
+from placed p left join images i using (run_id, image_id)
+order by p.run_id, p.metric, p.method, p.place
+""",
+)
+
+VIEWS = (IMAGES, LEADERBOARD, BEST_METHOD_PER_IMAGE, DISAGREEMENTS, WORST_IMAGES)
