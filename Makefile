@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 ROOMS := flows tasks xai_core storage tests benchmarks
 
-.PHONY: run test lint format benchmarks clean
+.PHONY: run test faults lint format benchmarks clean
 
 run: $(VENV)/.installed
 	$(BIN)/vitrine run
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+# The fault tests in full: some minutes of killing, damaging and filling disks.
+faults: $(VENV)/.installed-test
+	VITRINE_FAULTS=full $(BIN)/python -m pytest tests/faults
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check $(ROOMS)

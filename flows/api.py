@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import ssl
 import sys
@@ -10,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,12 @@ class Api:
         self._watcher = threading.Thread(target=self._watch, name="prefect-api-watch", daemon=True)
 
     def wait(self) -> None:
-        """Returns once the API answers.
+        """Returns once the API answers, and watches it from then on.
 
         Raises:
             ApiError: it does not.
         """
-        self._await_answer()
+        self.require()
         self._watcher.start()
 
     def check(self) -> None:
@@ -80,11 +81,16 @@ class Api:
 
     def _give_up(self, reason: str) -> None:
         """Says that the API is gone, and keeps Prefect's client from trying each farewell for half a minute."""
+        self._lost = reason
         self._retries = _client_settings().max_retries
         _client_settings().max_retries = 0
-        self._lost = reason
 
-    def _await_answer(self) -> None:
+    def require(self) -> None:
+        """Returns once the API answers.
+
+        Raises:
+            ApiError: it does not.
+        """
         raise NotImplementedError
 
     def _watch(self) -> None:
@@ -103,7 +109,8 @@ class OwnApi(Api):
         super().stop()
         self._server.stop()
 
-    def _await_answer(self) -> None:
+    def require(self) -> None:
+        """Waits for the server's start."""
         self._server.wait()
 
     def _watch(self) -> None:
@@ -115,22 +122,34 @@ class OwnApi(Api):
             if restarts == RESTARTS:
                 self._give_up(
                     f"the local Prefect server: expected it to run as long as the study, got {ended} after "
-                    f"{RESTARTS} restarts; what was committed is kept, {self._server.log} says more"
+                    f"{RESTARTS} restarts; what was committed is kept: see {self._server.log}, or name a server "
+                    "of your own in PREFECT_API_URL"
                 )
                 return
             restarts += 1
             print(
-                f"the local Prefect server: {ended} in mid-run; starting it again ({restarts} of {RESTARTS})",
+                f"the local Prefect server came to {ended}; starting it again ({restarts} of {RESTARTS})",
                 file=sys.stderr,
                 flush=True,
             )
-            self._server.start()
+            # One that could not be started is seen as ended in the next round.
+            with suppress(OSError):
+                self._server.start()
 
 
 class NamedApi(Api):
     """The API at an address; it may be silent for a while, as in a restart, but not for good."""
 
-    def _await_answer(self) -> None:
+    _heard = False
+
+    def require(self) -> None:
+        """Asks once."""
+        self._heard = _silence(self.url) is None
+        # Prefect takes seconds to import, and is asked only where a plain request was not answered.
+        if not self._heard:
+            self._ask_prefect()
+
+    def _ask_prefect(self) -> None:
         import httpx
         from prefect.client.orchestration import get_client
 
@@ -144,14 +163,13 @@ class NamedApi(Api):
             )
 
     def _watch(self) -> None:
-        heard = False
         silent_since: float | None = None
         while not self._stopped.wait(LOOK_SECONDS):
             problem = _silence(self.url)
             if problem is None:
-                heard, silent_since = True, None
+                self._heard, silent_since = True, None
             # An API that these plain requests never reached (a proxy, say) is left to Prefect's own client.
-            elif heard:
+            elif self._heard:
                 silent_since = silent_since or time.monotonic()
                 if time.monotonic() - silent_since >= SILENCE_SECONDS:
                     self._give_up(self._gone(problem))
@@ -170,11 +188,15 @@ def prefect_api(home: Path) -> Iterator[Api]:
     """Points this process to a Prefect API for the block; starts a local server if none is named.
 
     The server starts in the background: call ``wait`` before the first flow.
+
+    Raises:
+        ApiError: an API is named and does not answer.
     """
     os.environ.update({name: value for name, value in (QUIET | RETRIES).items() if name not in os.environ})
     named = os.environ.get("PREFECT_API_URL")
     if named:
         api: Api = NamedApi(named)
+        api.require()
         try:
             yield api
         finally:
@@ -206,6 +228,8 @@ def _silence(url: str) -> str | None:
         return str(error) if error.code in AWAY else None
     except urllib.error.URLError as error:
         return None if isinstance(error.reason, ssl.SSLError) else str(error.reason)
-    except OSError as error:
+    except http.client.HTTPException:
+        return None
+    except (OSError, ValueError) as error:
         return str(error)
     return None

@@ -161,16 +161,14 @@ def sql(
         RowFormat | None,
         typer.Option(
             "--format",
-            help="By default what the suffix of -o says, else table (at most 1000 rows). JSON has null for NaN and "
-            "infinities.",
+            help="By default what the suffix of -o says, else table (at most 1000 rows). "
+            "JSON has null for NaN and infinities.",
         ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write to a file instead, whole or not at all.")
     ] = None,
-    tables: Annotated[
-        bool, typer.Option("--tables", help="List tables and views, with what they hold.")
-    ] = False,
+    tables: Annotated[bool, typer.Option("--tables", help="List tables and views, with what they hold.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds after which the query is stopped.")] = 60.0,
     memory: Annotated[
         str, typer.Option(help="Memory that the query, and once more its result, may take.")
@@ -198,9 +196,13 @@ def quarantine(
     run: Run = None,
     rows: Annotated[RowFormat | None, typer.Option("--format", help="How rows are printed.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to a file instead.")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Try these again with the next run.")] = False,
 ) -> None:
-    """List the images that a run set aside, with the stage and the reason."""
+    """List the images that a run set aside, with the stage and the reason; --retry lets the next run try again."""
     with exit_codes():
+        if retry:
+            quarantine_command.retry(store, run)
+            return
         quarantine_command.quarantine(store, run, rows.value if rows else None, output)
 
 

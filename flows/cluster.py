@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from multiprocessing import resource_tracker
 
 import torch
 
-from flows.dispatch import DaskExecutor, Placement
+from flows.dispatch import DaskExecutor, Placement, SchedulerLostError
 from tasks.config import ComputeConfig
 from xai_core.errors import UsageError
 
@@ -32,6 +33,7 @@ def executor(
 
     Raises:
         UsageError: a scheduler that cannot be reached, or whose workers have no GPU where one is asked for.
+        SchedulerLostError: the scheduler went away before the block's end.
     """
     from distributed import Client, fire_and_forget
 
@@ -40,7 +42,7 @@ def executor(
             client = Client(compute.scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
             raise UsageError(f"compute.scheduler: no Dask scheduler at {compute.scheduler}: {error}") from None
-        with client:
+        with client, _quiet_where_lost():
             _refuse_missing_resources(client, device)
             yield DaskExecutor(client, Placement(device, torch.get_num_threads()), check)
         return
@@ -86,6 +88,16 @@ def _local_cluster(compute: ComputeConfig, device: str, workers: int):  # type: 
             resources={"GPU": 1} if device == "cuda" else None,
             silence_logs="ERROR",
         )
+
+
+@contextmanager
+def _quiet_where_lost() -> Iterator[None]:
+    """The run says that the scheduler is gone; Dask would add how its client was closed while it reconnected."""
+    try:
+        yield
+    except SchedulerLostError:
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+        raise
 
 
 @contextmanager

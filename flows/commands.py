@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import NoStoreError, QueryError, SourceError, StoreError, StoreLockedError
+from storage.runs import RunRecord
 from storage.store import Store, open_store
 from tasks.errors import StageError
-from xai_core.errors import UsageError, nearest
+from xai_core.errors import ImageError, UsageError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from flows.study import RunResult
 
 USAGE_ERRORS = (UsageError, SourceError, QueryError, StoreLockedError, NoStoreError)
-RUN_ERRORS = (StageError, StoreError, OSError)
+RUN_ERRORS = (StageError, StoreError, ImageError, OSError)
 
 LISTED = ("name", "families", "options", "summary")
 
@@ -95,8 +96,11 @@ def plan(config: Path | None, store: Path, overrides: list[str], limit: int | No
             for (stage, variant, reason, detail), count in counts.items()
         ],
     )
-    due = sum(one.reason is not None for one in planned)
+    due = sum(one.reason is not None and one.work is not None for one in planned)
+    waiting = sum(one.work is None for one in planned)
     print(f"{due} of {len(planned)} units would run" if due else "nothing to do")
+    if waiting:
+        print(f"{waiting} more wait for the manifest: they run where it finds other images than are committed")
 
 
 def status(store: Path) -> None:
@@ -108,7 +112,7 @@ def status(store: Path) -> None:
         [
             [
                 one.run_id,
-                one.state,
+                _state_of(opened, one),
                 str(one.facts.get("model")),
                 str(one.facts.get("images")),
                 one.updated,
@@ -125,6 +129,11 @@ def status(store: Path) -> None:
                 for stage in runs[-1].keys
             ],
         )
+
+
+def _state_of(store: Store, run: RunRecord) -> str:
+    """A run's state; one that was killed could not write that it ended."""
+    return "killed" if run.state == "running" and not store.is_running(run.run_id) else run.state
 
 
 def _done_of(store: Store, units: dict[Any, str]) -> str:

@@ -33,6 +33,26 @@ def quarantine(store: Path, run: str | None, format: str | None, output: Path | 
     print(summary(rows, run_id), file=sys.stdout if as_table else sys.stderr)
 
 
+def retry(store: Path, run: str | None) -> None:
+    """Lets the next run try again what set images aside, and whatever rests on it.
+
+    Raises:
+        UsageError: no such run, or a store without any.
+        StoreLockedError: the run goes on.
+    """
+    opened = open_store(store)
+    run_id = _chosen_run(opened, store, run)
+    with opened.running(run_id):
+        again = [record for _, record in opened.records([run_id]) if record.facts["quarantined"]]
+        for record in again:
+            opened.attempts.again(record)
+    if not again:
+        print(summary([], run_id))
+        return
+    units = "unit" if len(again) == 1 else "units"
+    print(f"{len(again)} {units} will be tried again: run the study's config again")
+
+
 def quarantined_rows(store: Store, run_id: str) -> list[dict[str, Any]]:
     """What a run set aside, by image and then along the chain; ``methods`` as one text."""
     found = []

@@ -71,6 +71,11 @@ class LocalServer:
             f"{self.ended() or 'no answer'}; see {self.log}, or name a server of your own in PREFECT_API_URL"
         )
 
+    @property
+    def pid(self) -> int:
+        """The server's process."""
+        return self._process.pid
+
     def ended(self) -> str | None:
         """How the process ended, in words, or None while it runs."""
         status = self._process.poll()

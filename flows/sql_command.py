@@ -51,13 +51,11 @@ def sql(
             + ("both" if tables else "neither; `vitrine sql --tables` lists what can be queried")
         )
     if query is None:
-        write_rows(_catalogue(nested=format == "json" or _format_of(output) == "json"), format, output)
+        write_rows(_catalogue(nested=(format or _format_of(output)) == "json"), format, output)
         return
     opened = open_store(store)
     _require_runs(opened, runs)
-    found = query_apart(
-        opened, query, run_ids=runs or None, timeout=timeout, memory_limit=memory, threads=threads
-    )
+    found = query_apart(opened, query, run_ids=runs or None, timeout=timeout, memory_limit=memory, threads=threads)
     write_rows(found, format, output)
 
 

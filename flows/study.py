@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,7 +174,9 @@ class RunBook:
     def close(self, state: str, **facts: Any) -> None:
         """Writes how the run ended."""
         self._run = replace(self._run, state=state, updated=now(), facts={**self._run.facts, **facts})
-        self._store.runs.write(self._run)
+        # On a full disk even this fails; what is told then is why the run failed.
+        with suppress(OSError) if state == "failed" else nullcontext():
+            self._store.runs.write(self._run)
 
 
 def _info_tables(config: StudyConfig) -> dict[str, list[dict[str, Any]]]:

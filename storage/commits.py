@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -128,9 +129,20 @@ class CommitLog:
 
     def of_unit(self, unit: Unit) -> list[CommitRecord]:
         """All records of a unit under any key, the latest written last."""
-        folder = self.folder / unit.stage / slug(unit.variant)
-        paths = sorted(folder.glob(f"{unit.shard:07d}-*.json"), key=_modified)
-        return [record for path in paths if (record := self._load(path)) is not None]
+        return self.load(self.of_variant(unit.stage, unit.variant).get(unit.shard, []))
+
+    def of_variant(self, stage: str, variant: str) -> dict[int, list[Path]]:
+        """The files of all records of a stage's variant, by shard: one look at a folder for all its units."""
+        found: dict[int, list[Path]] = {}
+        folder = self.folder / stage / slug(variant)
+        for entry in os.scandir(folder) if folder.is_dir() else ():
+            if FILE_NAME.fullmatch(entry.name):
+                found.setdefault(int(entry.name[:7]), []).append(Path(entry.path))
+        return found
+
+    def load(self, paths: Iterable[Path]) -> list[CommitRecord]:
+        """The whole records among some files, the latest written last."""
+        return [one for path in sorted(paths, key=_modified) if (one := self._load(path)) is not None]
 
     def paths(self) -> Iterator[Path]:
         """The files of all records, whole or damaged."""

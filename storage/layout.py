@@ -24,6 +24,7 @@ class Kind(StrEnum):
     group = "group"
     listing = "listing"
     model = "model"
+    attempt = "attempt"
     lock = "lock"
     server = "server"
     temporary = "temporary"
@@ -40,6 +41,7 @@ PATTERNS = tuple(
         (Kind.record, rf"commits/[^/]+/[^/]+/\d{{7}}-{HEX}{{24}}\.json"),
         (Kind.run, r"runs/[^/]+\.json"),
         (Kind.listing, rf"listings/{HEX}{{24}}((\.\d+)?\.json|\.parquet)"),
+        (Kind.attempt, rf"attempts/{HEX}{{24}}\.json"),
         (Kind.model, rf"models/{HEX}{{24}}\.json"),
         (Kind.data, rf"tables/[^/]+/[^/]+-\d{{7}}-{HEX}{{24}}\.parquet"),
         (Kind.data, rf"files/[^/]+/[^/]+-{HEX}{{24}}-[^/]+"),

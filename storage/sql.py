@@ -13,18 +13,19 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from storage.errors import QueryError
+from storage.errors import QueryError, StoreError
 from storage.limits import Limits
 from storage.runs import RunRecord
 from storage.schema import METHOD_INFO, METRIC_INFO, RUNS, TABLES
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 50_000
 INTERRUPT_EVERY = 0.1
+# How DuckDB's messages begin when a registered data set could not be read.
+SCAN_FAILED = "reading the stream registered as"
 
 REGISTERED = {"runs": RUNS, "metric_info": METRIC_INFO, "method_info": METHOD_INFO}
 RUN_ID = pa.field("run_id", pa.string())
@@ -117,6 +120,7 @@ def query(
     Raises:
         QueryError: the query is wrong, is not one statement that returns rows, asks for something outside the
             store, or goes past a limit.
+        StoreError: a committed file is damaged, or was removed while the query ran.
     """
     limits = Limits(timeout, memory_limit, threads)
     started = time.monotonic()
@@ -141,6 +145,10 @@ def query(
     except duckdb.CatalogException as error:
         raise QueryError(f"{error}; the tables are: {', '.join(table_names())}") from None
     except (duckdb.Error, pa.ArrowException) as error:
+        if SCAN_FAILED in str(error):
+            raise StoreError(
+                f"{error}; a file is damaged, or was removed while the query ran: see `vitrine verify`"
+            ) from None
         raise QueryError(str(error)) from None
     finally:
         connection.close()
@@ -227,21 +235,30 @@ def _one_statement(connection: duckdb.DuckDBPyConnection, text: str) -> duckdb.S
     statements = connection.extract_statements(text)
     if len(statements) != 1:
         raise QueryError(f"expected one statement, got {len(statements)}")
-    if statements[0].type not in READING:
+    kind = _kind_of(statements[0])
+    if kind not in READING:
         raise QueryError(
             "expected a statement that returns rows (SELECT, FROM, WITH, VALUES, PIVOT, DESCRIBE, SUMMARIZE, "
-            f"SHOW, EXPLAIN), got {statements[0].type.name}: a query cannot change the store"
+            f"SHOW, EXPLAIN), got {kind.name if kind else 'another'}: a query cannot change the store"
         )
     return statements[0]
 
 
+def _kind_of(statement: duckdb.Statement) -> duckdb.StatementType | None:
+    """None for a kind that DuckDB's Python module has no name for."""
+    try:
+        return statement.type
+    except ValueError:
+        return None
+
+
 def _with_distinct_names(table: pa.Table) -> pa.Table:
     """Columns of the same name are numbered, as most formats could not hold them."""
-    counts: Counter[str] = Counter()
-    names = []
+    names: list[str] = []
     for name in table.column_names:
-        names.append(name if not counts[name] else f"{name}_{counts[name]}")
-        counts[name] += 1
+        others = (f"{name}_{number}" for number in count(1))
+        free = (one for one in others if one not in names and one not in table.column_names)
+        names.append(name if name not in names else next(free))
     return table.rename_columns(names)
 
 

@@ -17,6 +17,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from storage import arrays, lock
+from storage.attempts import AttemptLog
 from storage.canonical import digest_bytes, digest_json
 from storage.commits import KEY_CHARACTERS, CommitLog, CommitRecord, StoredObject, Unit, slug
 from storage.errors import NoStoreError, StoreError, StoreLockedError
@@ -41,6 +42,7 @@ class Store:
         self.root = root
         self.commits = CommitLog(root / "commits")
         self.runs = RunLog(root / "runs")
+        self.attempts = AttemptLog(root / "attempts")
 
     @contextmanager
     def running(self, run_id: str) -> Iterator[None]:
@@ -54,6 +56,10 @@ class Store:
             lock.exclusive(self._lock(f"run-{run_id}"), f"run {run_id}"),
         ):
             yield
+
+    def is_running(self, run_id: str) -> bool:
+        """Whether a process holds a run at this moment; a killed one leaves its record as it was."""
+        return lock.holder_of(self._lock(f"run-{run_id}")) is not None
 
     def maintenance(self) -> AbstractContextManager[None]:
         """Holds the whole store for the block, to repair or clean it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +21,8 @@ from storage.sealed import is_cut, read_sealed, unseal
 from storage.store import Store
 
 INCOMPLETE = "incomplete"
+# Folders of sealed documents beside the records of commits and runs.
+DOCUMENTS = ("attempts", "listings", "models")
 
 
 class DamageKind(StrEnum):
@@ -63,7 +66,7 @@ def verify_store(store: Store, *, repair: bool = False) -> Verification:
     With ``repair`` (hold :meth:`Store.maintenance` for it) the commits of damaged objects are dropped, array
     metadata is written anew from the records, and leftovers of killed writers are removed. Foreign files are left.
     """
-    records = [(path, CommitRecord.from_bytes(path.read_bytes())) for path in store.commits.paths()]
+    records = [(path, CommitRecord.from_bytes(content)) for path, content in _contents(store.commits.paths())]
     whole = [record for _, record in records if record is not None]
     owners = _owners(whole)
     damage = [
@@ -81,6 +84,13 @@ def verify_store(store: Store, *, repair: bool = False) -> Verification:
         remove_leftovers(store.root)
     objects = {one.path: one.bytes for one, _ in owners.values()}
     return Verification(len(objects), sum(objects.values()), found, uncommitted)
+
+
+def _contents(paths: Iterable[Path]) -> Iterator[tuple[Path, bytes]]:
+    """Files that are still there: while a run writes, a record may be dropped at any moment."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            yield path, path.read_bytes()
 
 
 Owners = dict[str, tuple[StoredObject, list[CommitRecord]]]
@@ -137,11 +147,11 @@ def _check_groups(store: Store, records: Iterable[CommitRecord]) -> Iterator[Dam
 
 
 def _check_documents(store: Store) -> Iterator[Damage]:
-    """Run records and what is known of models and listings: sealed, like commit records."""
+    """Run records, and what is known of models, listings and attempts: sealed, like commit records."""
     for path in store.runs.paths():
         if load_run(path) is None:
             yield _damaged_document(store, path)
-    for path in sorted(path for name in ("models", "listings") for path in (store.root / name).glob("*.json")):
+    for path in sorted(path for name in DOCUMENTS for path in (store.root / name).glob("*.json")):
         if unseal(path.read_bytes()) is None:
             yield _damaged_document(store, path)
 

@@ -65,7 +65,9 @@ with means as (
     group by all
 ),
 directed as (
-    select means.*, higher_is_better, try_cast(if(higher_is_better, mean, -mean) as float) as merit
+    select
+        means.*, higher_is_better,
+        coalesce(try_cast(mean as float)::double, mean) * if(higher_is_better, 1, -1) as merit
     from means left join metric_info using (run_id, metric)
 )
 select

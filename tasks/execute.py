@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from storage.attempts import attempt_of
 from storage.commits import CommitRecord, Unit
 from storage.errors import StoreLockedError
 from storage.schema import rows_to_table
@@ -110,7 +111,7 @@ def _write_quarantine(context: Context, outcome: Outcome) -> None:
                 "method": [unit.variant] * len(bad),
                 "error": [one.error for one in bad],
                 "message": [one.message for one in bad],
-                "attempt": [1] * len(bad),
+                "attempt": [attempt_of(context.work.ingredients)] * len(bad),
             },
         ),
     )

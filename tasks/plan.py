@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from storage.attempts import ATTEMPT
 from storage.canonical import digest_json
-from storage.commits import Unit, differences, key_of
+from storage.commits import KEY_CHARACTERS, Unit, differences, key_of
 from storage.store import series_of
 from tasks.pipeline import STAGES
 from tasks.stage import Stage, Work
@@ -17,10 +19,13 @@ from tasks.study import Shard, Study
 
 @dataclass(frozen=True)
 class Planned:
-    """A unit of a study. ``work`` is None while its key cannot be known yet (its manifest has to run first).
+    """A unit of a study.
 
-    ``reason`` is None where the unit is done: else ``missing``, ``code``, ``config``, ``upstream`` or
-    ``corrupt``, and ``detail`` says which ingredient or file.
+    ``work`` is None while its key cannot be known yet: its manifest has to run first, and if that finds the
+    images as they were, the unit turns out to be done.
+
+    ``reason`` is None where the unit is done: else ``missing``, ``code``, ``config``, ``upstream``,
+    ``corrupt`` or ``retry``, and ``detail`` says which ingredient or file.
     """
 
     unit: Unit
@@ -36,6 +41,7 @@ REASONS = (
     ("model", "config"),
     ("upstream", "upstream"),
     ("images", "upstream"),
+    (ATTEMPT, "retry"),
 )
 
 
@@ -47,11 +53,16 @@ class Planner:
         self._keys: dict[Unit, str | None] = {}
         self._series: dict[tuple[str, str], str] = {}
         self._content: dict[int, str] = {}
+        self._files: dict[tuple[str, str], dict[int, list[Path]]] = {}
         self._store_path = str(study.store.root.resolve())
 
     @cached_property
     def _listing_path(self) -> str:
         return str(self.study.listing.path.resolve())
+
+    @cached_property
+    def _attempts(self) -> Mapping[str, int]:
+        return self.study.store.attempts.all()
 
     @cached_property
     def _facts(self) -> Mapping[str, Any]:
@@ -78,9 +89,10 @@ class Planner:
         upstream = self._upstream(stage, variant, shard)
         images = self._images(stage, shard)
         if images is None or any(key is None for key in upstream.values()):
-            return Planned(unit, None, "missing", "waits for the manifest")
+            reason = "upstream" if self._older(unit) else "missing"
+            return Planned(unit, None, reason, "waits for the manifest")
         known = {one: key for one, key in upstream.items() if key is not None}
-        ingredients = {
+        ingredients: dict[str, Any] = {
             "stage": stage.name,
             "version": stage.version,
             "variant": variant,
@@ -89,6 +101,9 @@ class Planner:
             "upstream": _upstream_ingredient(known, whole=shard is None),
             "images": images,
         }
+        attempt = self._attempts.get(key_of(ingredients)[:KEY_CHARACTERS]) if self._attempts else None
+        if attempt is not None:
+            ingredients[ATTEMPT] = attempt
         work = self._work(stage, unit, shard, ingredients, known)
         return Planned(unit, work, *self._reason(unit, work.key, ingredients))
 
@@ -166,8 +181,15 @@ class Planner:
         if record is not None:
             damage = self.study.store.damage(record)
             return ("corrupt", "; ".join(damage)) if damage else (None, "")
-        older = self.study.store.commits.of_unit(unit)
+        older = self.study.store.commits.load(self._older(unit))
         return why(older[-1].ingredients, ingredients) if older else ("missing", "")
+
+    def _older(self, unit: Unit) -> list[Path]:
+        """The files of a unit's records under whatever key, from one look at the folder for all its units."""
+        place = unit.stage, unit.variant
+        if place not in self._files:
+            self._files[place] = self.study.store.commits.of_variant(*place)
+        return self._files[place].get(unit.shard, [])
 
 
 def why(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:

@@ -68,10 +68,12 @@ def open_picture(content: bytes) -> Image.Image:
     except (SourceError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise SourceError(f"expected at most {MAX_PIXELS} pixels: {error}") from error
+        claimed = re.search(r"\((\d+) pixels\)", str(error))
+        got = claimed[1] if claimed else "several times as many"
+        raise SourceError(f"expected at most {MAX_PIXELS} pixels, got {got}") from error
     except UnidentifiedImageError as error:
         raise SourceError(
-            f"not a readable picture: none of {', '.join(_formats())}; it begins with {content[:SHOWN_BYTES]!r}"
+            f"not a readable picture: of no known format, it begins with {content[:SHOWN_BYTES]!r}"
         ) from error
     except Exception as error:
         # Pillow's plugins raise whatever the broken bytes make them raise (SyntaxError, struct.error, ...).

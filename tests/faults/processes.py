@@ -33,11 +33,12 @@ CORES = 2
 class Faults:
     """What the watched processes of one test are told, and what they left behind.
 
-    ``deaths``: see ``Death`` of the preloaded module, without its marker.
+    ``deaths`` and ``hold``: see ``Death`` and ``Hold`` of the preloaded module, without the files that they name.
     """
 
     folder: Path
     deaths: tuple[Mapping[str, Any], ...] = ()
+    hold: Mapping[str, Any] | None = None
 
     @property
     def journal(self) -> Path:
@@ -51,6 +52,7 @@ class Faults:
             "VITRINE_TEST_LOG": str(self.journal),
             "VITRINE_TEST_LOGGED": BEGUN,
             "VITRINE_TEST_DEATHS": json.dumps(deaths),
+            "VITRINE_TEST_HOLDS": json.dumps([{**self.hold, **self._hold_files()}] if self.hold else []),
         }
 
     def environment(self, api: str | None = None) -> dict[str, str]:
@@ -69,6 +71,18 @@ class Faults:
         """What a named death said, once for each time it came: "pid moment path"."""
         marker = self._marker(number)
         return [path.read_text().strip() for path in sorted(self.folder.glob(f"{marker.name}*"))]
+
+    @property
+    def held(self) -> bool:
+        """Whether some process is, or was, held."""
+        return Path(self._hold_files()["marker"]).exists()
+
+    def release(self) -> None:
+        """Lets go what is held."""
+        Path(self._hold_files()["until"]).touch()
+
+    def _hold_files(self) -> dict[str, str]:
+        return {"marker": str(self.folder / "held"), "until": str(self.folder / "released")}
 
     def _marker(self, number: int) -> Path:
         return self.folder / f"fired-{number}-"

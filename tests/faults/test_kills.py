@@ -34,7 +34,6 @@ SLOW = config_with(
     TINY,
     methods=["grad_cam", {"name": "integrated_gradients", "steps": 100}],
     dataset={"images": 40},
-    concepts={"layers": []},
     run={"shard_size": 1},
     compute={"workers": WORKERS},
 )
@@ -58,7 +57,7 @@ def test_a_chain_that_is_killed_at_random_times_ends_as_a_clean_one(warm: Warm, 
         folder = tmp_path / str(stores)
         folder.mkdir()
         faults, root, here = Faults(folder), folder / "store", 0
-        life = clean.seconds / 3
+        life = clean.seconds / 5
         while True:
             before = done(root)
             child = warm.start(STUDY, root, faults)

@@ -1,11 +1,12 @@
-"""A process that has imported all there is, and forks children that run a study's chain: to be killed by the dozen.
+"""A process that has imported all there is and forks children that run a study's chain, to be killed by the dozen.
 
-Run with ``python -m tests.faults.warm``; requests and answers are JSON lines. A child runs the stages one after the
-other in itself, without Prefect and Dask, as a worker would run them.
+Run with ``python -m tests.faults.warm``; requests and answers are JSON lines. A child runs the stages one after
+the other in itself, without Prefect and Dask, as a worker would run them.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -33,18 +34,8 @@ def load() -> dict[str, Any]:
 
     It says which threads there are then, since a fork takes only one of them along.
     """
-    import captum.attr
-    import plotly.graph_objects
-    import sklearn.cluster
-    import timm
-    import torch
-
-    import flows.catalogue
-    import flows.study
-    import storage.sql
-    import tests.conftest  # noqa: F401
-
-    torch.set_num_threads(1)
+    for name in NEEDED:
+        importlib.import_module(name)
     return {"threads": [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]}
 
 
@@ -103,6 +94,16 @@ def _watch(settings: dict[str, str]) -> None:
     preload.install(settings)
 
 
+NEEDED = (
+    "captum.attr",
+    "plotly.graph_objects",
+    "sklearn.cluster",
+    "timm",
+    "flows.catalogue",
+    "flows.study",
+    "storage.sql",
+    "tests.conftest",
+)
 HANDLERS = {"start": start, "wait": wait}
 
 

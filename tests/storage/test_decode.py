@@ -14,6 +14,7 @@ from storage.errors import SourceError
 from storage.sources import decode_image
 from storage.sources.decode import upright_size
 from tests.conftest import picture
+from tests.memory import MIB, memory_left, needs_limits
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -45,7 +46,7 @@ def test_lossless_pictures_come_back_exactly(kind: str) -> None:
     ("content", "message"),
     [
         (b"", "got 0 bytes"),
-        (b"not a picture at all", "none of JPEG, PNG, .+; it begins with b'not a picture at all'"),
+        (b"not a picture at all", "of no known format, it begins with b'not a picture at all'"),
         (encoded(picture(0), "JPEG")[:-200], "not a readable picture: OSError"),
         (encoded(picture(0), "JPEG")[:10], "not a readable picture"),
         (encoded(picture(0), "PNG")[:-40], "not a readable picture"),
@@ -105,7 +106,7 @@ def test_numbers_without_a_known_white_are_refused(kind: type) -> None:
 
 
 def test_postscript_is_not_handed_to_an_interpreter() -> None:
-    with pytest.raises(SourceError, match=r"none of JPEG, .+ it begins with b'%!PS-Adobe-3\.0 EPSF-3\.0"):
+    with pytest.raises(SourceError, match=r"of no known format, it begins with b'%!PS-Adobe-3\.0 EPSF-3\.0"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
 
 
@@ -172,3 +173,13 @@ def test_the_first_frame_of_an_animation_is_the_picture() -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("lime", "red")]
     content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decode_image(content).getpixel((0, 0)) == (0, 255, 0)
+
+
+@needs_limits
+@pytest.mark.parametrize("mode", ["RGB", "1"])
+def test_a_picture_without_room_for_it_is_not_called_broken(mode: str) -> None:
+    """Its pixels do not fit (RGB), or only once they are three bytes each."""
+    content = encoded(Image.new(mode, (7000, 7000)))
+    with memory_left(80 * MIB), pytest.raises(MemoryError):
+        decode_image(content)
+    assert decode_image(content).size == (7000, 7000)

@@ -25,6 +25,7 @@ def collect_all(store: Store) -> None:
 
 def test_what_runs_refer_to_is_no_garbage(store: Store) -> None:
     run_of(store, "a", [commit(store, 0), commit(store, 1)])
+    run_of(store, "b", [commit(store, 0, method="kl_hessian")])
     before = tree(store)
     garbage = find_garbage(store)
     assert (garbage.paths, garbage.bytes) == ((), 0)

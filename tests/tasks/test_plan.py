@@ -5,21 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from storage.store import open_store
 from tasks.config import StudyConfig
-from tasks.pipeline import STAGES
 from tasks.plan import Planned, Planner
 from tasks.study import Study
 from tests.conftest import TINY, Ran, config_with, write_folder
-from xai_core.demo_models import weights_path
 
 Chain = Callable[[dict[str, Any], Path], Ran]
 ALL = {
@@ -66,59 +62,6 @@ def test_a_new_store_runs_everything_once(base: Ran) -> None:
 def test_again_runs_nothing(run_chain: Chain, copy: Path) -> None:
     assert due(plan(TINY, copy)) == {}
     assert run_chain(TINY, copy).counts == {}
-
-
-CHANGES = {
-    "metric steps": (
-        {"metrics": [{"name": "insertion", "steps": 2}, "p_deletion"]},
-        {"metrics": 9, "report": 1},
-    ),
-    "method option": (
-        {"methods": ["grad_cam", {"name": "integrated_gradients", "steps": 3}, "kl_hessian"]},
-        {"attribute": 3, "metrics": 3, "report": 1},
-    ),
-    "one method fewer": ({"methods": ["grad_cam"]}, {"report": 1}),
-    "parts": ({"parts": {"k": 2}}, {"parts": 3, "attribute": 3, "metrics": 9, "report": 1}),
-    "seed": (
-        {"run": {"seed": 5}},
-        {"parts": 3, "pfv": 3, "dictionary": 1, "attribute": 3, "metrics": 9, "report": 1},
-    ),
-    "atoms": ({"concepts": {"atoms": 2}}, {"dictionary": 1, "report": 1}),
-    "target": (
-        {"target": "label"},
-        {"predict": 3, "pfv": 3, "dictionary": 1, "attribute": 9, "metrics": 9, "report": 1},
-    ),
-    "batch size": ({"run": {"batch_size": 1}}, {}),
-    "device": ({"run": {"device": "cpu"}}, {}),
-    "workers": ({"compute": {"workers": 7}}, {}),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_change_reruns_what_depends_on_it_and_nothing_else(run_chain: Chain, copy: Path, name: str) -> None:
-    changes, expected = CHANGES[name]
-    assert run_chain(config_with(TINY, **changes), copy).counts == expected
-
-
-def test_other_weights_rerun_all_but_the_manifest(run_chain: Chain, copy: Path, tmp_path: Path) -> None:
-    weights = load_file(weights_path("vitrine_demo_vit"))
-    save_file({name: tensor + 0.001 for name, tensor in weights.items()}, tmp_path / "w.safetensors")
-    changed = config_with(TINY, model={"name": "vitrine_demo_vit", "checkpoint": str(tmp_path / "w.safetensors")})
-    assert due(plan(changed, copy))["predict", ""].startswith("config: model.weights: ")
-    counts = run_chain(changed, copy).counts
-    assert counts == {name: count for name, count in ALL.items() if name != "manifest"}
-
-
-def test_new_code_of_a_stage_reruns_it_and_what_reads_it(
-    run_chain: Chain, copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    version = STAGES["pfv"].version
-    monkeypatch.setitem(STAGES, "pfv", replace(STAGES["pfv"], version=99))
-    reasons = due(plan(TINY, copy))
-    assert reasons["pfv", ""] == f"code: version: {version} -> 99"
-    assert reasons["dictionary", "blocks.2 / bisecting_kmeans"].startswith("upstream: upstream.all: ")
-    assert set(reasons) == {("pfv", ""), ("dictionary", "blocks.2 / bisecting_kmeans"), ("report", "")}
-    assert run_chain(TINY, copy).counts == {"pfv": 3, "dictionary": 1, "report": 1}
 
 
 def test_reasons_name_the_changed_key(copy: Path) -> None:

@@ -1,6 +1,6 @@
-"""Watches what a real Python process does with files, and can end the process at a named moment.
+"""Watches what a real Python process does with files, and can hold or end the process at a named moment.
 
-Put this folder first on PYTHONPATH: every Python process that inherits the environment is watched, and none is where
+Put this folder first on PYTHONPATH: every Python process that inherits the environment is watched, but none where
 the variables below are not set. ``install`` does the same for a forked child.
 
 A moment is what a path is about to be used for:
@@ -19,10 +19,12 @@ import re
 import signal
 import sys
 import threading
+import time
 
 LOG = "VITRINE_TEST_LOG"
 LOGGED = "VITRINE_TEST_LOGGED"
 DEATHS = "VITRINE_TEST_DEATHS"
+HOLDS = "VITRINE_TEST_HOLDS"
 
 ACCESS = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
 
@@ -105,6 +107,21 @@ class Death:
         return False
 
 
+class Hold:
+    """Holds the process at every moment that matches, until a file exists; ``marker`` says that it is held."""
+
+    def __init__(self, moment, path, marker, until):
+        self._moment, self._path = moment, re.compile(path)
+        self._marker, self._until = marker, until
+
+    def __call__(self, moment, path):
+        if moment != self._moment or not self._path.search(path):
+            return
+        os.close(os.open(self._marker, os.O_WRONLY | os.O_CREAT, 0o644))
+        while not os.path.exists(self._until):
+            time.sleep(0.02)
+
+
 def _die(how):
     if how == "SIGSEGV":
         import ctypes
@@ -127,6 +144,8 @@ def install(settings):
         listeners.append(Journal(settings[LOG], settings[LOGGED]))
     if settings.get(DEATHS):
         listeners.extend(Death(**one) for one in json.loads(settings[DEATHS]))
+    if settings.get(HOLDS):
+        listeners.extend(Hold(**one) for one in json.loads(settings[HOLDS]))
     if not listeners:
         return
     moments = Moments()

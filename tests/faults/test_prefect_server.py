@@ -1,0 +1,151 @@
+"""The Prefect API dies in mid-run: a server of our own is started again, the loss of another one ends the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.server import LocalServer
+from storage.commits import KEY_CHARACTERS
+from storage.store import open_store
+from tests.conftest import TINY, config_with
+from tests.faults.processes import FULL, Faults, Warm, committed, digest, start_vitrine, units
+from tests.flows.command import VITRINE, wait_for, write_config
+
+STUDY = config_with(
+    TINY,
+    dataset={"images": 6},
+    methods=["grad_cam"],
+    metrics=["p_deletion"],
+    concepts={"layers": []},
+    run={"shard_size": 1},
+    compute={"workers": 2},
+)
+HOLD = {"moment": "write", "path": r"/arrays/attribute/grad_cam.*/maps/.*c\.4\."}
+# Nothing but the wait for an answer is shorter than in earnest.
+IMPATIENT = "import flows.api; flows.api.SILENCE_SECONDS = 3.0; from flows.cli import main; main()"
+COMMAND = (str(VITRINE),) if FULL else (sys.executable, "-c", IMPATIENT)
+SECONDS_TO_END = 150
+
+
+class Run:
+    """A real run that is held in the middle of its attribute stage."""
+
+    def __init__(self, folder: Path, name: str, api: str | None = None) -> None:
+        (folder / name).mkdir()
+        write_config(folder / "study.yaml", STUDY)
+        self.faults = Faults(folder / name, hold=HOLD)
+        self.log = folder / f"{name}.log"
+        self.process = start_vitrine(
+            *("run", "study.yaml", "--store", "store"),
+            cwd=folder,
+            log=self.log,
+            environment=self.faults.environment(api),
+            program=COMMAND,
+        )
+        self._family: set[psutil.Process] = set()
+        self.until(lambda: self.faults.held, "the middle of a stage")
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        """Waits for a condition while the run goes on."""
+        wait_for(condition, what, self.process, self.log)
+
+    def server(self) -> psutil.Process | None:
+        """The run's own Prefect server, where it lives."""
+        self._family |= set(psutil.Process(self.process.pid).children(recursive=True))
+        return next((one for one in self._family if "flows.server" in _command(one)), None)
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code and what it said, once every process of it is gone."""
+        self.server()
+        try:
+            status = self.process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
+        assert psutil.wait_procs(self._family, timeout=30)[1] == []
+        return status, self.log.read_text()
+
+
+def _command(process: psutil.Process) -> str:
+    """A living process's command line; a dead one has none."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def test_a_lost_api_ends_the_run_and_a_server_of_its_own_is_started_again(warm: Warm, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    other = LocalServer(tmp_path / "other")
+    try:
+        other.wait()
+        run = Run(tmp_path, "named", other.url)
+        kept = committed(open_store(store))
+        assert 0 < len(kept) < len(units(open_store(store)))
+        os.kill(other.pid, signal.SIGKILL)
+        status, said = run.end()
+    finally:
+        other.stop()
+    assert status == 1, said[-3000:]
+    (failed,) = (line for line in said.splitlines() if line.startswith("failed: "))
+    assert failed.startswith(f"failed: PREFECT_API_URL: expected the Prefect API at {other.url} to answer as long")
+    assert "start the API again, or unset PREFECT_API_URL" in failed
+    assert said.splitlines()[-1] == "resume with: vitrine run study.yaml --store store"
+    assert "Traceback" not in said
+    assert open_store(store).runs.all()[0].state == "failed"
+    assert kept.items() <= committed(open_store(store)).items()
+
+    run = Run(tmp_path, "own")
+    first = run.server()
+    assert first is not None
+    first.kill()
+    run.until(lambda: run.server() not in (None, first), "another server")
+    run.faults.release()
+    status, said = run.end()
+    assert status == 0, said[-3000:]
+    assert said.count("Prefect server") == 1
+    assert "the local Prefect server came to an end by SIGKILL; starting it again (1 of 3)" in said
+    assert digest(store) == warm.clean(STUDY).digest
+    # What was committed before the first loss was not done again.
+    again = run.faults.begun().keys() & {key[:KEY_CHARACTERS] for key in kept.values()}
+    assert again == set()
+
+
+def test_a_run_whose_api_is_not_there_says_so_before_any_work(tmp_path: Path) -> None:
+    write_config(tmp_path / "study.yaml", STUDY)
+    # Nothing listens on the discard port.
+    environment = Faults(tmp_path).environment("http://127.0.0.1:9/api")
+    log = tmp_path / "run.log"
+    run = start_vitrine("run", "study.yaml", "--store", "store", cwd=tmp_path, log=log, environment=environment)
+    assert run.wait(SECONDS_TO_END) == 1
+    said = log.read_text()
+    assert said.startswith("failed: PREFECT_API_URL: expected a Prefect API at http://127.0.0.1:9/api, got ")
+    assert "Traceback" not in said
+    assert committed(open_store(tmp_path / "store")) == {}
+
+
+@pytest.mark.skipif(not FULL, reason="a minute long: set VITRINE_FAULTS=full")
+def test_a_server_that_cannot_be_kept_alive_ends_the_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, "own")
+    killed: set[psutil.Process] = set()
+    while run.process.poll() is None:
+        server = run.server()
+        if server is not None:
+            server.kill()
+            killed.add(server)
+    status, said = run.end()
+    assert status == 1
+    assert len(killed) == 4
+    assert [f"starting it again ({number} of 3)" in said for number in (1, 2, 3)] == [True] * 3
+    assert "expected it to run as long as the study, got an end by SIGKILL after 3 restarts" in said
+    assert said.splitlines()[-1] == "resume with: vitrine run study.yaml --store store"
+    assert "Traceback" not in said
+    assert open_store(tmp_path / "store").runs.all()[0].state == "failed"
