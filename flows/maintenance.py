@@ -78,7 +78,7 @@ def _print_garbage(garbage: Garbage, store: Store, really: bool) -> None:
         print(path)
     print(
         f"{'removed' if really else 'would remove'} {len(garbage.records)} commits, "
-        f"{len(garbage.objects)} objects, {len(garbage.listings)} listings and {len(garbage.leftovers)} leftovers: "
+        f"{len(garbage.objects)} objects, {len(garbage.listings)} listings, {len(garbage.leftovers)} leftovers: "
         f"{decimal(garbage.bytes)}"
     )
     if not really:

@@ -14,6 +14,7 @@ from flows.preflight import check_study
 from flows.progress import NoProgress
 from flows.versions import versions
 from storage.commits import Unit
+from storage.compact import compact
 from storage.files import remove_leftovers
 from storage.runs import RunRecord, now
 from storage.store import Store, open_store
@@ -140,6 +141,9 @@ def conduct(study: Study, executor: Executor, progress: Progress, *, tasks: bool
         book.close("failed")
         raise
     quarantined = _quarantined(study)
+    # It saves readers time and holds nothing of its own: without room for it the run is as good.
+    with suppress(OSError):
+        compact(study.store, study.store.results(study.run_id).records())
     book.close("complete", quarantined=quarantined)
     return RunResult(study.run_id, tuple(summaries), quarantined, report_path(study.store, study.run_id))
 

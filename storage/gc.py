@@ -16,7 +16,7 @@ from storage.store import Store
 
 @dataclass(frozen=True)
 class Garbage:
-    """What no run refers to: commit records, the objects that only they vouch for, and whole listings.
+    """What no run refers to: commit records, the objects that only they vouch for, listings and copies.
 
     Paths are relative to the store. ``objects`` also holds what killed writers left, ``bytes`` is the sum.
     """
@@ -46,7 +46,7 @@ def find_garbage(store: Store) -> Garbage:
     dead = [_relative(store, path) for path, record in records if record is None or record.key not in live]
     objects = [path for path in walk(store.root) if _is_object(path) and path not in kept]
     groups = _empty_groups(store, kept, objects)
-    listings = _dead_listings(store)
+    listings = [*_dead_listings(store), *_dead_copies(store, live)]
     left = [_relative(store, path) for path in leftovers(store.root)]
     garbage = [*dead, *objects, *groups, *listings, *left]
     size = sum((store.root / path).stat().st_size for path in garbage)
@@ -63,7 +63,7 @@ def collect(store: Store, garbage: Garbage) -> None:
     # Nobody holds one: they were left by writers that were killed.
     for lock in (store.root / "locks" / "units").glob("*.lock"):
         lock.unlink()
-    for name in ("arrays", "tables", "files", "commits"):
+    for name in ("arrays", "tables", "files", "commits", "compact"):
         _remove_empty_folders(store.root / name)
 
 
@@ -93,6 +93,12 @@ def _dead_listings(store: Store) -> list[str]:
         return []
     found = (path for path in walk(store.root) if kind_of(path) is Kind.listing)
     return [path for path in found if Path(path).name.split(".")[0] not in live]
+
+
+def _dead_copies(store: Store, live: set[str]) -> list[str]:
+    """Compacted files with rows of commits that no run refers to: nobody reads them any more."""
+    dead = [one.path for one in store.compacted.all() if not one.sources.keys() <= live]
+    return [_relative(store, path) for file in dead for path in (file, file.with_suffix(".json")) if path.exists()]
 
 
 def _remove_empty_folders(root: Path) -> None:

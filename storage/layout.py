@@ -23,6 +23,7 @@ class Kind(StrEnum):
     metadata = "metadata"
     group = "group"
     listing = "listing"
+    compacted = "compacted"
     model = "model"
     attempt = "attempt"
     lock = "lock"
@@ -41,6 +42,7 @@ PATTERNS = tuple(
         (Kind.record, rf"commits/[^/]+/[^/]+/\d{{7}}-{HEX}{{24}}\.json"),
         (Kind.run, r"runs/[^/]+\.json"),
         (Kind.listing, rf"listings/{HEX}{{24}}((\.\d+)?\.json|\.parquet)"),
+        (Kind.compacted, rf"compact/[^/]+/{HEX}{{24}}\.(json|parquet)"),
         (Kind.attempt, rf"attempts/{HEX}{{24}}\.json"),
         (Kind.model, rf"models/{HEX}{{24}}\.json"),
         (Kind.data, rf"tables/[^/]+/[^/]+-\d{{7}}-{HEX}{{24}}\.parquet"),

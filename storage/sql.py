@@ -191,20 +191,20 @@ def _of_runs(store: Store, name: str, members: list[tuple[str, CommitRecord]]) -
 
     The id belongs to the file, not to its rows: it costs nothing to read, and asking for a run skips all others.
     """
-    runs_of = defaultdict(list)
+    from storage.store import PARQUET
+
+    records_of = defaultdict(list)
     for run_id, record in members:
-        runs_of[record.key].append(run_id)
-    files = store.dataset(name, {record.key: record for _, record in members}.values())
-    if not isinstance(files, pads.FileSystemDataset):
-        return pads.dataset(_with_run_id(name).empty_table())
+        records_of[run_id].append(record)
+    system = store.filesystem
     fragments = [
-        files.format.make_fragment(
-            one.path, files.filesystem, partition_expression=pads.field(RUN_ID.name) == run_id
-        )
-        for one in files.get_fragments()
-        for run_id in runs_of[pads.get_partition_keys(one.partition_expression)["commit"]]
+        PARQUET.make_fragment(path, system, partition_expression=pads.field(RUN_ID.name) == run_id)
+        for run_id, records in records_of.items()
+        for path in store.files(name, records)
     ]
-    return pads.FileSystemDataset(fragments, _with_run_id(name), files.format, files.filesystem)
+    if not fragments:
+        return pads.dataset(_with_run_id(name).empty_table())
+    return pads.FileSystemDataset(fragments, _with_run_id(name), PARQUET, system)
 
 
 def _with_run_id(name: str) -> pa.Schema:

@@ -20,6 +20,7 @@ from storage import arrays, lock
 from storage.attempts import AttemptLog
 from storage.canonical import digest_bytes, digest_json
 from storage.commits import KEY_CHARACTERS, CommitLog, CommitRecord, StoredObject, Unit, slug
+from storage.compact import CompactLog
 from storage.errors import NoStoreError, StoreError, StoreLockedError
 from storage.files import publish, publish_bytes
 from storage.results import Results, StoredImage
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     import zarr
 
 FORMAT_FILE = "vitrine.json"
-# Without it a flipped bit of a Parquet page is read as data.
-CHECKED = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
+# Without checksums a flipped bit of a Parquet page is read as data.
+PARQUET = pads.ParquetFileFormat(
+    default_fragment_scan_options=pads.ParquetFragmentScanOptions(page_checksum_verification=True)
+)
 
 
 class Store:
@@ -43,6 +46,7 @@ class Store:
         self.commits = CommitLog(root / "commits")
         self.runs = RunLog(root / "runs")
         self.attempts = AttemptLog(root / "attempts")
+        self.compacted = CompactLog(root / "compact")
 
     @contextmanager
     def running(self, run_id: str) -> Iterator[None]:
@@ -163,22 +167,30 @@ class Store:
         """The path of a file that a record committed."""
         return self.root / record.facts["files"][name]
 
-    def dataset(self, name: str, records: Iterable[CommitRecord]) -> pads.Dataset:
-        """A table's committed files as one dataset with a column ``commit`` that names each row's key.
+    def files(self, name: str, records: Iterable[CommitRecord]) -> list[str]:
+        """The files that hold a table's rows of these records, and no others; paths relative to the store.
 
-        Built from records and never from a glob, so that readers see whole shards only.
+        Taken from records and never from a glob, so that readers see whole shards only. Rows that stand in a
+        compacted file are read from there.
         """
-        schema = TABLES[name].append(pa.field("commit", pa.string()))
-        written = [(r.facts["tables"][name], r.key) for r in records if name in r.facts.get("tables", {})]
-        if not written:
-            return pads.dataset(schema.empty_table())
-        return pads.FileSystemDataset.from_paths(
-            [path for path, _ in written],
-            schema=schema,
-            format=pads.ParquetFileFormat(default_fragment_scan_options=CHECKED),
-            filesystem=pa.fs.SubTreeFileSystem(str(self.root), pa.fs.LocalFileSystem()),
-            partitions=[pads.field("commit") == key for _, key in written],
-        )
+        written = [record for record in records if name in record.facts.get("tables", {})]
+        merged, loose = self.compacted.cover(name, written)
+        return [
+            *(path.relative_to(self.root).as_posix() for path in merged),
+            *(record.facts["tables"][name] for record in loose),
+        ]
+
+    def dataset(self, name: str, records: Iterable[CommitRecord]) -> pads.Dataset:
+        """A table's committed rows as one dataset."""
+        paths = self.files(name, records)
+        if not paths:
+            return pads.dataset(TABLES[name].empty_table())
+        return pads.FileSystemDataset.from_paths(paths, TABLES[name], PARQUET, self.filesystem)
+
+    @property
+    def filesystem(self) -> pa.fs.FileSystem:
+        """The store's folder as Arrow sees it."""
+        return pa.fs.SubTreeFileSystem(str(self.root), pa.fs.LocalFileSystem())
 
     def results(self, run: str | None = None) -> Results:
         """What is committed, of one run or of all, to read and to ask.

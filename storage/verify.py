@@ -75,6 +75,7 @@ def verify_store(store: Store, *, repair: bool = False) -> Verification:
         *_check_groups(store, whole),
         *_check_documents(store),
         *_check_listings(store),
+        *_check_compacted(store),
         *_check_presence(store),
     ]
     foreign, uncommitted = _unaccounted(store, owners)
@@ -166,6 +167,18 @@ def _check_listings(store: Store) -> Iterator[Damage]:
             yield Damage(name, kind)
 
 
+def _check_compacted(store: Store) -> Iterator[Damage]:
+    """Compacted files are copies: a damaged one is removed, and made again by the next run."""
+    for path in sorted(store.compacted.folder.glob("*/*.json")):
+        if unseal(path.read_bytes()) is None:
+            yield _damaged_document(store, path)
+    for one in store.compacted.all():
+        name = _relative(store, one.path)
+        kind = _check_object(store.root, StoredObject(name, one.bytes, one.sha256))
+        if kind is not None:
+            yield Damage(name, kind)
+
+
 def _check_presence(store: Store) -> Iterator[Damage]:
     """Records that a complete run had and that are gone."""
     for run in store.runs.all():
@@ -204,7 +217,8 @@ def _repair(store: Store, damage: Iterable[Damage], owners: Owners) -> tuple[Dam
         elif kind_of(one.path) is Kind.group:
             publish_bytes(path, GROUP)
         else:
-            # What is made anew when it is missed: listings, model facts; and records that say nothing any more.
+            # What is made anew when it is missed (listings, model facts, compacted files), and records that say
+            # nothing any more.
             path.unlink(missing_ok=True)
     _note_incomplete(store, dropped)
     return tuple(damage)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 DESCRIPTIONS = {
     "manifest": "what the images are: path, digest, size and label; `images` adds the target",
     "targets": "the class that every explanation of an image is about, fixed by the predict stage",
-    "predictions": "the model's first classes of every image, rank 0 first",
+    "predictions": "the model's first classes of every image, rank 1 the most probable",
     "parts": "the parts of every image: area in pixels and bounding box",
     "part_scores": "every method's score of every part, with kl_hessian's own terms",
     "metrics": "every metric of every method on every image; value is null where the metric is undefined",

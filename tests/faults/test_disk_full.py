@@ -1,4 +1,4 @@
-"""A disk without room and a limit on file sizes: a clear error, nothing half done, and the rest once there is room."""
+"""A disk without room and a limit on file sizes: a clear error, nothing half done, the rest once there is room."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def vitrine(
 def assert_nothing_is_half_done(root: Path) -> None:
     store = open_store(root)
     found = verify_store(store)
-    assert [one for one in found.damage] == []
+    assert found.damage == ()
     (run,) = store.runs.all()
     assert run.state == "failed"
     committed = {record.unit.stage for _, record in store.records()}

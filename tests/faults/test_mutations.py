@@ -182,8 +182,8 @@ MUTATIONS = (
     Mutation(
         "datasets from records",
         "storage/store.py",
-        "            [path for path, _ in written],\n",
-        '            sorted(f"tables/{name}/{file}" for file in os.listdir(self.root / "tables" / name)),\n',
+        '        written = [record for record in records if name in record.facts.get("tables", {})]',
+        '        return sorted(f"tables/{name}/{file}" for file in os.listdir(self.root / "tables" / name))',
         "tests/storage/test_store.py",
     ),
     Mutation(

@@ -86,15 +86,8 @@ def test_a_dataset_holds_committed_files_only(store: Store) -> None:
     assert table_ids(store, second) == [4, 5, 6, 7]
 
 
-def test_a_dataset_names_each_rows_commit(store: Store) -> None:
-    first, second = commit(store, 0), commit(store, 1)
-    rows = store.dataset("metrics", [first, second]).to_table().to_pylist()
-    assert {row["commit"] for row in rows if row["image_id"] < 4} == {first.key}
-    assert {row["commit"] for row in rows if row["image_id"] >= 4} == {second.key}
-
-
 def test_a_dataset_without_files_has_the_tables_columns(store: Store) -> None:
-    assert store.dataset("metrics", []).schema.names == [*TABLES["metrics"].names, "commit"]
+    assert store.dataset("metrics", []).schema.names == TABLES["metrics"].names
 
 
 def test_tables_of_another_schema_are_refused(store: Store) -> None:
