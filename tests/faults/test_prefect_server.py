@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -59,7 +60,8 @@ class Run:
 
     def server(self) -> psutil.Process | None:
         """The run's own Prefect server, where it lives."""
-        self._family |= set(psutil.Process(self.process.pid).children(recursive=True))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._family |= set(psutil.Process(self.process.pid).children(recursive=True))
         return next((one for one in self._family if "flows.server" in _command(one)), None)
 
     def end(self) -> tuple[int, str]:
