@@ -60,8 +60,10 @@ class Api:
 
         if isinstance(error, ApiError):
             return error
+        # A call whose further tries were cut off stumbles over an assertion of Prefect's client.
+        signs = (httpx.HTTPError, AssertionError) if self._lost else (httpx.HTTPError,)
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, httpx.HTTPError):
+        while cause is not None and not isinstance(cause, signs):
             cause = cause.__cause__
         if cause is None:
             return None

@@ -96,8 +96,8 @@ def plan(config: Path | None, store: Path, overrides: list[str], limit: int | No
             for (stage, variant, reason, detail), count in counts.items()
         ],
     )
-    due = sum(one.reason is not None and one.work is not None for one in planned)
-    waiting = sum(one.work is None for one in planned)
+    due = sum(one.reason is not None and one.key is not None for one in planned)
+    waiting = sum(one.key is None for one in planned)
     print(f"{due} of {len(planned)} units would run" if due else "nothing to do")
     if waiting:
         print(f"{waiting} more wait for the manifest: they run where it finds other images than are committed")

@@ -101,12 +101,13 @@ def _as_flow(study: Study, executor: Executor, api: Api) -> RunResult:
     from prefect import flow
 
     from flows.progress import ArtifactProgress, Several, console_progress
+    from flows.unheeded import Unheeded
 
     @flow(name="vitrine-study", flow_run_name=study.run_id, validate_parameters=False)
     def study_flow(run_id: str, store: str) -> None:
         shown = console_progress()
         try:
-            progress = Several([shown, ArtifactProgress(run_id)])
+            progress = Several([shown, Unheeded(ArtifactProgress(run_id), api.trouble)])
             results.append(conduct(study, executor, progress, tasks=True))
         finally:
             shown.close()

@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+# Twice as fast as Python's own, and a plan of many shards reads little else.
+from pydantic_core import from_json
+
 from storage.canonical import canonical_json, digest_bytes, digest_json
 from storage.files import publish_bytes
 
@@ -29,7 +32,7 @@ def unseal(content: bytes) -> Any:
         return _unseal_format_1(content)
     body = content[head.end() : -len(TAIL)]
     whole = len(body) == int(head["bytes"]) and content.endswith(TAIL)
-    return json.loads(body) if whole and digest_bytes(body).encode() == head["digest"] else None
+    return from_json(body) if whole and digest_bytes(body).encode() == head["digest"] else None
 
 
 def is_cut(content: bytes) -> bool:

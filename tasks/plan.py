@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,23 @@ from tasks.study import Shard, Study
 class Planned:
     """A unit of a study.
 
-    ``work`` is None while its key cannot be known yet: its manifest has to run first, and if that finds the
-    images as they were, the unit turns out to be done.
+    ``key`` and ``work`` are None while its key cannot be known yet: its manifest has to run first, and if that
+    finds the images as they were, the unit turns out to be done.
 
     ``reason`` is None where the unit is done: else ``missing``, ``code``, ``config``, ``upstream``,
     ``corrupt`` or ``retry``, and ``detail`` says which ingredient or file.
     """
 
     unit: Unit
-    work: Work | None
+    key: str | None
     reason: str | None
     detail: str = ""
+    make_work: Callable[[], Work] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def work(self) -> Work | None:
+        """What there is to do; made when asked for, since most units of a plan are done."""
+        return self.make_work() if self.make_work else None
 
 
 # Which entry of the ingredients a change in means what, in the order in which it is told.
@@ -74,14 +82,15 @@ class Planner:
 
     def stage(self, stage: Stage) -> list[Planned]:
         """All units of one stage; the stages that it reads must have been planned before."""
-        planned = [
-            self._plan_unit(stage, variant, shard)
-            # By shard first: a worker then finds the pictures of a shard still in memory for the next method.
-            for shard in (self.study.shards if stage.sharded else (None,))
-            for variant in stage.variants(self.study)
-        ]
+        with _without_collections():
+            planned = [
+                self._plan_unit(stage, variant, shard)
+                # By shard first: a worker then finds the pictures of a shard still in memory for the next method.
+                for shard in (self.study.shards if stage.sharded else (None,))
+                for variant in stage.variants(self.study)
+            ]
         for one in planned:
-            self._keys[one.unit] = one.work.key if one.work else None
+            self._keys[one.unit] = one.key
         return planned
 
     def _plan_unit(self, stage: Stage, variant: str, shard: Shard | None) -> Planned:
@@ -101,11 +110,13 @@ class Planner:
             "upstream": _upstream_ingredient(known, whole=shard is None),
             "images": images,
         }
-        attempt = self._attempts.get(key_of(ingredients)[:KEY_CHARACTERS]) if self._attempts else None
+        key = key_of(ingredients)
+        attempt = self._attempts.get(key[:KEY_CHARACTERS])
         if attempt is not None:
             ingredients[ATTEMPT] = attempt
-        work = self._work(stage, unit, shard, ingredients, known)
-        return Planned(unit, work, *self._reason(unit, work.key, ingredients))
+            key = key_of(ingredients)
+        make = partial(self._work, stage, unit, shard, key, ingredients, known)
+        return Planned(unit, key, *self._reason(unit, key, ingredients), make)
 
     def _upstream(self, stage: Stage, variant: str, shard: Shard | None) -> dict[Unit, str | None]:
         wanted = set(stage.upstream(self.study, variant))
@@ -134,6 +145,7 @@ class Planner:
         stage: Stage,
         unit: Unit,
         shard: Shard | None,
+        key: str,
         ingredients: Mapping[str, Any],
         upstream: Mapping[Unit, str],
     ) -> Work:
@@ -141,7 +153,7 @@ class Planner:
         first_row, rows, shard_rows = self.study.array_rows(place) if shard else (0, 0, 0)
         return Work(
             unit=unit,
-            key=key_of(ingredients),
+            key=key,
             ingredients=ingredients,
             series=self._series_of(stage, unit.variant, place if shard and self.study.is_cut(place) else None),
             start=place.start,
@@ -180,6 +192,9 @@ class Planner:
         record = self.study.store.commits.read(unit, key)
         if record is not None:
             damage = self.study.store.damage(record)
+            # A damaged one is made again, and may find other images.
+            if unit.stage == "manifest" and not damage:
+                self._content[unit.shard] = str(record.facts["content"])
             return ("corrupt", "; ".join(damage)) if damage else (None, "")
         older = self.study.store.commits.load(self._older(unit))
         return why(older[-1].ingredients, ingredients) if older else ("missing", "")
@@ -190,6 +205,18 @@ class Planner:
         if place not in self._files:
             self._files[place] = self.study.store.commits.of_variant(*place)
         return self._files[place].get(unit.shard, [])
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Holds the garbage collector: plans make no cycles, and it would look at every unit again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def why(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:
@@ -212,4 +239,4 @@ def _upstream_ingredient(keys: Mapping[Unit, str], *, whole: bool) -> dict[str, 
 
 def to_run(planned: Iterable[Planned]) -> list[Work]:
     """The works of all planned units that are not done."""
-    return [one.work for one in planned if one.reason is not None and one.work is not None]
+    return [work for one in planned if one.reason is not None and (work := one.work) is not None]

@@ -67,7 +67,7 @@ def run_stage(
         StageError: some unit failed, or more images were set aside than ``run.max_bad_fraction`` allows.
     """
     planned = planner.stage(stage)
-    note_keys({one.unit: one.work.key for one in planned if one.work is not None})
+    note_keys({one.unit: one.key for one in planned if one.key is not None})
     works = to_run(planned)
     images = sum(work.stop - work.start for work in works) if stage.sharded else 0
     progress.begin(stage.name, len(works), images)
@@ -141,7 +141,7 @@ def _quarantined(store: Store, planned: list[Planned]) -> int:
     """Images set aside by a stage, its reused units included: distinct ones, over all variants."""
     bad: set[int] = set()
     for one in planned:
-        record = store.commits.read(one.unit, one.work.key) if one.work else None
+        record = store.commits.read(one.unit, one.key) if one.key else None
         if record is not None and record.facts["quarantined"]:
             bad.update(store.read_table(record, "quarantine")["image_id"].to_pylist())
     return len(bad)

@@ -202,8 +202,8 @@ def test_a_change_reruns_what_depends_on_it_and_nothing_else(run_chain: Chain, p
     ran = run_chain(changed, place.store)
     assert ran.counts == expected
     # The run did what the plan had said: all that was due, and of what waited for a manifest some or none.
-    due = {one.unit for one in planned if one.reason is not None and one.work is not None}
-    waiting = {one.unit for one in planned if one.work is None}
+    due = {one.unit for one in planned if one.reason is not None and one.key is not None}
+    waiting = {one.unit for one in planned if one.key is None}
     assert due <= set(ran.executed) <= due | waiting
     assert run_chain(changed, place.store).counts == {}
 

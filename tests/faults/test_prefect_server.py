@@ -7,13 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
+from flows.api import NamedApi
 from flows.server import LocalServer
+from flows.unheeded import Unheeded
 from storage.commits import KEY_CHARACTERS
 from storage.store import open_store
 from tests.conftest import TINY, config_with
@@ -29,20 +32,25 @@ STUDY = config_with(
     run={"shard_size": 1},
     compute={"workers": 2},
 )
-HOLD = {"moment": "write", "path": r"/arrays/attribute/grad_cam.*/maps/.*c\.4\."}
+IN_A_STAGE = {"moment": "write", "path": r"/arrays/attribute/grad_cam.*/maps/.*c\.4\."}
+AT_THE_END = {"moment": "rename", "path": r"/commits/report/"}
 # Nothing but the wait for an answer is shorter than in earnest.
 IMPATIENT = "import flows.api; flows.api.SILENCE_SECONDS = 3.0; from flows.cli import main; main()"
 COMMAND = (str(VITRINE),) if FULL else (sys.executable, "-c", IMPATIENT)
 SECONDS_TO_END = 150
+# Nothing listens on the discard port.
+NOBODY = "http://127.0.0.1:9/api"
 
 
 class Run:
-    """A real run that is held in the middle of its attribute stage."""
+    """A real run that is held at a moment of it."""
 
-    def __init__(self, folder: Path, name: str, api: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, name: str, api: str | None = None, hold: Mapping[str, str] = IN_A_STAGE
+    ) -> None:
         (folder / name).mkdir()
         write_config(folder / "study.yaml", STUDY)
-        self.faults = Faults(folder / name, hold=HOLD)
+        self.faults = Faults(folder / name, hold=hold)
         self.log = folder / f"{name}.log"
         self.process = start_vitrine(
             *("run", "study.yaml", "--store", "store"),
@@ -52,7 +60,7 @@ class Run:
             program=COMMAND,
         )
         self._family: set[psutil.Process] = set()
-        self.until(lambda: self.faults.held, "the middle of a stage")
+        self.until(lambda: self.faults.held, "the moment")
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
         """Waits for a condition while the run goes on."""
@@ -123,15 +131,65 @@ def test_a_lost_api_ends_the_run_and_a_server_of_its_own_is_started_again(warm: 
 
 def test_a_run_whose_api_is_not_there_says_so_before_any_work(tmp_path: Path) -> None:
     write_config(tmp_path / "study.yaml", STUDY)
-    # Nothing listens on the discard port.
-    environment = Faults(tmp_path).environment("http://127.0.0.1:9/api")
+    environment = Faults(tmp_path).environment(NOBODY)
     log = tmp_path / "run.log"
     run = start_vitrine("run", "study.yaml", "--store", "store", cwd=tmp_path, log=log, environment=environment)
     assert run.wait(SECONDS_TO_END) == 1
     said = log.read_text()
-    assert said.startswith("failed: PREFECT_API_URL: expected a Prefect API at http://127.0.0.1:9/api, got ")
+    assert said.startswith(f"failed: PREFECT_API_URL: expected a Prefect API at {NOBODY}, got ")
     assert "Traceback" not in said
     assert committed(open_store(tmp_path / "store")) == {}
+
+
+class Asks:
+    """A listener that has nobody to tell."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def begin(self, stage: str, units: int, images: int) -> None:
+        self.times += 1
+        httpx.get(NOBODY)
+
+    def advance(self, receipt: object) -> None:
+        self.times += 1
+        raise LookupError("a defect")
+
+    wait = advance
+
+    def end(self, stage: str, executed: int, reused: int) -> None:
+        self.times += 1
+
+
+def test_trouble_in_telling_prefect_of_progress_spares_the_stage_and_defects_are_raised() -> None:
+    asks = Asks()
+    told = Unheeded(asks, NamedApi(NOBODY).trouble)
+    told.begin("parts", 2, 4)
+    told.wait("why")
+    told.end("parts", 2, 0)
+    assert asks.times == 1
+    told.begin("metrics", 1, 4)
+    assert asks.times == 2
+    fresh = Unheeded(asks, NamedApi(NOBODY).trouble)
+    with pytest.raises(LookupError, match="a defect"):
+        fresh.wait("why")
+
+
+@pytest.mark.skipif(not FULL, reason="half a minute long: set VITRINE_FAULTS=full")
+def test_an_api_that_is_lost_when_all_is_done_does_not_undo_the_success(warm: Warm, tmp_path: Path) -> None:
+    other = LocalServer(tmp_path / "other")
+    try:
+        other.wait()
+        run = Run(tmp_path, "named", other.url, AT_THE_END)
+        os.kill(other.pid, signal.SIGKILL)
+        run.faults.release()
+        status, said = run.end()
+    finally:
+        other.stop()
+    assert status == 0, said[-3000:]
+    assert "the run is complete, but Prefect was not told: " in said
+    assert "Traceback" not in said
+    assert digest(tmp_path / "store") == warm.clean(STUDY).digest
 
 
 @pytest.mark.skipif(not FULL, reason="a minute long: set VITRINE_FAULTS=full")

@@ -190,7 +190,7 @@ def test_plan_tells_what_would_run_and_why(answers: dict[str, subprocess.Complet
 def test_status_and_verify_count_what_is_committed(answers: dict[str, subprocess.CompletedProcess[str]]) -> None:
     assert "complete" in answers["status"].stdout
     assert "32/32" in answers["status"].stdout
-    assert answers["verify"].stdout.endswith("objects are whole\n")
+    assert_matches(r"^\d+ objects are whole \(5\.\d MB\)$", answers["verify"].stdout)
 
 
 EXPECTED = [
@@ -250,7 +250,7 @@ def test_verify_finds_damage_repairs_it_and_a_run_heals_the_store(
     table.write_bytes(content[:-4] + bytes([content[-4] ^ 1]) + content[-3:])
     found = call("verify", "--store", "store", cwd=place)
     assert found.returncode == 1
-    assert f"altered: tables/metrics/{table.name}" in found.stdout
+    assert f"flipped: tables/metrics/{table.name}" in found.stdout
     repaired = call("verify", "--store", "store", "--repair", cwd=place)
     assert repaired.returncode == 0
     assert len(before) - len(commits(store)) == 1

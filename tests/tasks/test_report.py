@@ -87,7 +87,7 @@ def run_study(study):
     planner = Planner(study)
     for stage in STAGES.values():
         planned = planner.stage(stage)
-        run = run.with_keys({one.unit: one.work.key for one in planned})
+        run = run.with_keys({one.unit: one.key for one in planned})
         study.store.runs.write(run)
         for work in to_run(planned):
             execute(work)
