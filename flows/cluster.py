@@ -83,7 +83,8 @@ def _local_cluster(compute: ComputeConfig, device: str, workers: int):  # type: 
             threads_per_worker=1,
             processes=True,
             host="127.0.0.1",
-            dashboard_address=None,
+            # Without a dashboard Dask still takes port 8787, and warns where another run has it.
+            scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
             memory_limit=compute.memory_limit or "auto",
             resources={"GPU": 1} if device == "cuda" else None,
             silence_logs="ERROR",

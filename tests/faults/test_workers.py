@@ -95,6 +95,7 @@ def test_a_unit_that_kills_its_workers_is_named_and_given_up_and_no_other_is(
         assert digest(store.root) == warm.clean(STUDY).digest
 
 
+@pytest.mark.skipif(not FULL, reason="a cluster of its own: set VITRINE_FAULTS=full")
 def test_a_lost_scheduler_ends_the_run_with_a_clear_error(
     tmp_path: Path, prefect_api: str, scheduler: Started
 ) -> None:
