@@ -22,6 +22,9 @@ CONNECT_SECONDS = 15
 # and a third of the time went into clearing the same pages. Freed blocks are kept for the next batch.
 ALLOCATION = {"MALLOC_TRIM_THRESHOLD_": 1 << 28, "MALLOC_MMAP_THRESHOLD_": 1 << 25, "MALLOC_ARENA_MAX": 2}
 
+# What fails in a worker comes back with its unit and is told once, in one line.
+SILENCE = {"DASK_LOGGING__DISTRIBUTED": "critical"}
+
 
 @contextmanager
 def executor(
@@ -74,7 +77,7 @@ def _local_cluster(compute: ComputeConfig, device: str, workers: int):  # type: 
         {
             "distributed.worker.daemon": False,
             "distributed.admin.tick.limit": "60s",
-            "distributed.nanny.pre-spawn-environ": {**ALLOCATION, "OMP_NUM_THREADS": 1},
+            "distributed.nanny.pre-spawn-environ": {**ALLOCATION, **SILENCE, "OMP_NUM_THREADS": 1},
         }
     )
     with _interrupts_held():
