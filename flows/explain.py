@@ -12,10 +12,10 @@ import torch
 from flows.config import load_config
 from storage.errors import SourceError
 from storage.sources import decode_image
-from tasks.config import Choice, StudyConfig, options_of
+from tasks.config import Choice, RunConfig, StudyConfig, options_of
 from tasks.worker import classifier, resolve_device
 from xai_core.attribution import attribute, paint_parts, score_parts
-from xai_core.attribution.interface import check_family
+from xai_core.attribution.interface import check_method
 from xai_core.errors import UsageError
 from xai_core.metrics.evaluate import mean_inside_parts
 from xai_core.models import Classifier
@@ -85,7 +85,7 @@ def explain_pictures(paths: Sequence[Path], request: Request, output: Path) -> I
     pictures = [(path, _read(path)) for path in paths]
     model = classifier(config.model.model_dump_json(), device)
     for choice in config.methods:
-        check_family(methods.get(choice.name), model)
+        check_method(methods.get(choice.name), model, options_of(methods, choice), config.run.precision)
     if request.target is not None and not 0 <= request.target < model.num_classes:
         raise UsageError(f"--target: expected a class in 0..{model.num_classes - 1}, got {request.target}")
     for path, picture in pictures:
@@ -128,8 +128,7 @@ def _explain(model: Classifier, config: StudyConfig, image: torch.Tensor, target
         backbone=_backbone(config, str(image.device)),
     )
     results = {
-        choice.id: _one_method(model, choice, image, chosen, parts, config.run.batch_size)
-        for choice in config.methods
+        choice.id: _one_method(model, choice, image, chosen, parts, config.run) for choice in config.methods
     }
     shown = model.denormalise(image)[0].permute(1, 2, 0).cpu().numpy()
     return Explanation(
@@ -148,15 +147,18 @@ def _backbone(config: StudyConfig, device: str) -> Classifier | None:
 
 
 def _one_method(
-    model: Classifier, choice: Choice, image: torch.Tensor, target: int, parts: torch.Tensor, batch_size: int
+    model: Classifier, choice: Choice, image: torch.Tensor, target: int, parts: torch.Tensor, run: RunConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A method's map and its part scores (a pixel method's: the mean inside each part)."""
     targets = torch.tensor([target], device=image.device)
-    options = options_of(methods, choice)
+    shared = {
+        "method": choice.name,
+        "options": options_of(methods, choice),
+        "batch_size": run.batch_size,
+        "precision": run.precision,
+    }
     if methods.get(choice.name).output == "parts":
-        scores = score_parts(
-            model, image, targets, parts, method=choice.name, options=options, batch_size=batch_size
-        ).score
+        scores = score_parts(model, image, targets, parts, **shared).score
         return paint_parts(scores, parts), scores
-    maps = attribute(model, image, targets, method=choice.name, options=options, batch_size=batch_size)
+    maps = attribute(model, image, targets, **shared)
     return maps, mean_inside_parts(maps, parts)

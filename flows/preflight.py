@@ -14,10 +14,11 @@ from tasks.parts import mask_path
 from tasks.sources import open_source
 from tasks.study import Study
 from tasks.worker import classifier, resolve_device
-from xai_core.attribution.interface import check_family
+from xai_core.attribution.interface import check_method
 from xai_core.concepts import check_layer
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
+from xai_core.precision import Precision
 from xai_core.registry import methods
 
 # Masks whose size is compared with their image's before the run; the rest are checked as they are read.
@@ -36,7 +37,7 @@ def check_study(study: Study) -> None:
     for layer in config.concepts.layers:
         _name_key("concepts.layers", lambda layer=layer: check_layer(model, layer))
     for position, choice in enumerate(config.methods):
-        _name_key(f"methods.{position}", lambda choice=choice: _check_method(model, choice))
+        _name_key(f"methods.{position}", lambda choice=choice: _check_method(model, choice, config.run.precision))
     _check_backbone(config.parts.backbone)
     _check_precision(config, device)
     if config.target == "label" and not study.labels_are_classes:
@@ -48,12 +49,8 @@ def check_study(study: Study) -> None:
         _check_masks(study)
 
 
-def _check_method(model: Classifier, choice: Choice) -> None:
-    entry = methods.get(choice.name)
-    check_family(entry, model)
-    layer = getattr(options_of(methods, choice), "layer", None)
-    if layer is not None:
-        check_layer(model, layer)
+def _check_method(model: Classifier, choice: Choice, precision: Precision) -> None:
+    check_method(methods.get(choice.name), model, options_of(methods, choice), precision)
 
 
 def _check_backbone(backbone: ModelConfig | None) -> None:

@@ -20,7 +20,6 @@ from xai_core.attribution import PartScores, attribute, join_scores, paint_parts
 from xai_core.batching import Batches, try_batches
 from xai_core.errors import ImageError, NotFinite
 from xai_core.parts import MOST_PARTS, part_areas
-from xai_core.precision import precision_context
 from xai_core.registry import MethodEntry, methods
 
 
@@ -65,7 +64,12 @@ def _explain(context: Context, choice: Choice, entry: MethodEntry, pictures: Pic
     config = context.config.run
     model = study_classifier(context)
     targets = read_targets(context, pictures)
-    shared = {"method": choice.name, "options": options_of(methods, choice), "batch_size": config.batch_size}
+    shared = {
+        "method": choice.name,
+        "options": options_of(methods, choice),
+        "batch_size": config.batch_size,
+        "precision": config.precision,
+    }
     labels = read_part_labels(context, pictures).to(context.device) if entry.output == "parts" else None
 
     def explain(rows: slice) -> Explained:
@@ -79,8 +83,7 @@ def _explain(context: Context, choice: Choice, entry: MethodEntry, pictures: Pic
 
     # A part method cuts all (image, part) pairs that it is given into passes of its own.
     together = config.batch_size if labels is None else max(1, len(pictures))
-    with precision_context(config.precision, context.device):
-        return try_batches(explain, len(pictures), together)
+    return try_batches(explain, len(pictures), together)
 
 
 def _all_finite(maps: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -60,15 +60,43 @@ def activations_and_gradients(
     with torch.enable_grad(), captured(model, layers, with_gradient=True) as outputs:
         scores = model(images).gather(1, targets.view(-1, 1)).sum()
         reached = [outputs[name] for name in layers]
-        gradients = torch.autograd.grad(scores, reached, allow_unused=True)
-    filled = [
-        torch.zeros_like(output) if gradient is None else gradient
-        for output, gradient in zip(reached, gradients, strict=True)
-    ]
+        gradients = torch.autograd.grad(scores, reached, allow_unused=True, materialize_grads=True)
     return (
         {name: output.detach() for name, output in zip(layers, reached, strict=True)},
-        dict(zip(layers, filled, strict=True)),
+        dict(zip(layers, gradients, strict=True)),
     )
+
+
+def per_class(
+    logits: Tensor,
+    classes: Tensor,
+    tensors: Sequence[Tensor],
+    reduce: Callable[[Sequence[Tensor]], Tensor],
+) -> Tensor:
+    """What ``reduce`` makes of each class's gradients: one backward a class through one graph.
+
+    The backwards run one after the other, each over the whole batch: a vectorised backward of all classes holds
+    K times the memory, and measured slower on convolutions (docs/benchmarks.md).
+
+    Args:
+        logits: ``[B, C]`` with their graph; classes: ``[B, K]`` class indices.
+        tensors: what the gradients are taken with respect to; one that feeds no logit has a gradient of zeros.
+        reduce: called with one class's gradients, shaped as ``tensors``; gives ``[B, ...]``.
+
+    Returns:
+        ``[B, K, ...]``.
+    """
+    count = classes.shape[1]
+    reduced = []
+    for position in range(count):
+        with torch.enable_grad():
+            score = logits.gather(1, classes[:, position : position + 1]).sum()
+        last = position == count - 1
+        gradients = torch.autograd.grad(
+            score, tensors, retain_graph=not last, allow_unused=True, materialize_grads=True
+        )
+        reduced.append(reduce(gradients))
+    return torch.stack(reduced, dim=1)
 
 
 def as_map(model: Classifier, activation: Tensor, layer: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Arithmetic precision of forwards and gradients, as a context that leaves the process as it found it."""
+"""Arithmetic precision and autograd modes, as contexts that leave the process as they found it."""
 
 from __future__ import annotations
 
@@ -27,3 +27,13 @@ def precision_context(precision: Precision, device: str | torch.device) -> Itera
     finally:
         torch.set_float32_matmul_precision(before)
         torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
+def own_modes(precision: Precision, device: str | torch.device) -> Iterator[None]:
+    """A block whose results depend on none of the caller's modes: gradient, inference, autocast, matmul precision.
+
+    Gradients are off inside; what needs them says so with ``torch.enable_grad()``.
+    """
+    with torch.inference_mode(False), torch.no_grad(), precision_context(precision, device):
+        yield

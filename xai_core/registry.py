@@ -34,14 +34,27 @@ class Entry:
 
 @dataclass(frozen=True)
 class MethodEntry(Entry):
-    """An attribution method: where it is defined, what it fits, what it returns and what it costs."""
+    """An attribution method: where it is defined, what it fits, what it returns and what it costs.
+
+    ``needs``: what a model, or a model and the method's options, must have beside the family. Each is a function
+    ``(model, options) -> reason``: why it cannot be, or None. ``cost`` counts forward-equivalents an image: a
+    forward is 1, a gradient behind it about 1 more.
+    """
 
     equation: str = ""
     families: tuple[Family, ...] = BOTH
+    needs: tuple[Callable[[Any, Any], str | None], ...] = ()
     output: Literal["pixels", "parts"] = "pixels"
     # How a map of native resolution becomes one of input resolution; None where it already has that size.
     upsampling: str | None = None
     cost: str = ""
+    # Whether the map depends on the class asked for; one that does not cannot contrast classes.
+    class_specific: bool = True
+    gradient_free: bool = False
+    # "kept": timm's fused attention kernels stay; "off": attention is computed step by step for the pass.
+    fused_attention: Literal["kept", "off"] = "kept"
+    # Whether the method may run under bf16; one that may not is refused there.
+    half_precision: bool = True
 
 
 @dataclass(frozen=True)

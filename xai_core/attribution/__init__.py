@@ -4,6 +4,7 @@ from xai_core.attribution import cam, gradients, kl_hessian
 from xai_core.attribution.interface import (
     PartScores,
     attribute,
+    attribute_classes,
     join_scores,
     paint_parts,
     score_parts,
@@ -13,6 +14,7 @@ from xai_core.attribution.interface import (
 __all__ = [
     "PartScores",
     "attribute",
+    "attribute_classes",
     "cam",
     "gradients",
     "join_scores",

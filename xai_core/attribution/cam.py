@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xai_core.layers import activations_and_gradients, as_map, default_cam_layer
+from xai_core.layers import as_map, captured, default_cam_layer, per_class
 from xai_core.models import Classifier
 from xai_core.registry import methods
 
@@ -27,29 +27,27 @@ class CamOptions:
     upsampling="bilinear",
     cost="1 forward + gradient of the layers behind the map",
 )
-def grad_cam(model: Classifier, images: Tensor, targets: Tensor, options: CamOptions, batch_size: int) -> Tensor:
+def grad_cam(model: Classifier, images: Tensor, classes: Tensor, options: CamOptions, batch_size: int) -> Tensor:
     """Grad-CAM: ReLU of the channels weighted by their mean gradient, at the map's own resolution."""
-    activation, gradient = _map_and_gradient(model, images, targets, options.layer or default_cam_layer(model))
-    weights = gradient.mean(dim=(2, 3), keepdim=True)
-    return (weights * activation).sum(dim=1).relu()
+    layer, activation, logits = layer_and_logits(model, images, options.layer)
+
+    def weighted(gradients):  # type: ignore[no-untyped-def]
+        weights = as_map(model, gradients[0], layer).mean(dim=(2, 3), keepdim=True)
+        return (weights * as_map(model, activation.detach(), layer)).sum(dim=1).relu()
+
+    return per_class(logits, classes, [activation], weighted)
 
 
-def _map_and_gradient(
-    model: Classifier, images: Tensor, targets: Tensor, layer: str | None
-) -> tuple[Tensor, Tensor]:
-    """A layer's map ``[B, C, h, w]`` and the target logit's gradient on it; None is the final feature map."""
-    if layer is None:
-        return _final_map_and_gradient(model, images, targets)
-    activations, gradients = activations_and_gradients(model, images, targets, [layer])
-    return as_map(model, activations[layer], layer), as_map(model, gradients[layer], layer)
+def layer_and_logits(model: Classifier, images: Tensor, layer: str | None) -> tuple[str, Tensor, Tensor]:
+    """A layer's name, its output as a leaf of the graph, and the logits behind it.
 
-
-def _final_map_and_gradient(model: Classifier, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        features = model.module.forward_features(images)
+    ``layer`` None is the family's default; on maps that is the final features (timm's ``forward_features``).
+    """
+    name = layer or default_cam_layer(model)
     with torch.enable_grad():
-        features = features.requires_grad_(True)
-        scores = model.module.forward_head(features).gather(1, targets.view(-1, 1)).sum()
-        (gradient,) = torch.autograd.grad(scores, features)
-    name = "forward_features"
-    return as_map(model, features.detach(), name), as_map(model, gradient, name)
+        if name is None:
+            features = model.module.forward_features(images).detach().requires_grad_(True)
+            return "forward_features", features, model.module.forward_head(features)
+        with captured(model, [name], with_gradient=True) as outputs:
+            logits = model(images)
+        return name, outputs[name], logits

@@ -53,7 +53,7 @@ class IntegratedGradientsOptions:
 def integrated_gradients(
     model: Classifier,
     images: Tensor,
-    targets: Tensor,
+    classes: Tensor,
     options: IntegratedGradientsOptions,
     batch_size: int,
 ) -> Tensor:
@@ -63,6 +63,7 @@ def integrated_gradients(
     black = model.normalise(torch.zeros_like(images[:1]))
     baseline = black.expand_as(images) if options.baseline == "black" else torch.zeros_like(images)
     captum = IntegratedGradients(model.__call__)
+    targets = classes[:, 0]
 
     def in_passes_of(size: int) -> Tensor:
         return captum.attribute(
@@ -72,4 +73,4 @@ def integrated_gradients(
     # Captum's passes hold (image, step) pairs, at least one step of every image.
     with torch.enable_grad():
         attribution = run_smaller(in_passes_of, max(batch_size, len(images)), least=len(images))
-    return attribution.detach().sum(dim=1)
+    return attribution.detach().sum(dim=1, keepdim=True)

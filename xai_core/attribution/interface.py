@@ -11,9 +11,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from xai_core.batching import join_rows, run_batches
-from xai_core.errors import UsageError
+from xai_core.errors import NotFinite, UsageError
 from xai_core.models import Classifier
 from xai_core.parts.labels import NO_PART
+from xai_core.precision import Precision, own_modes
 from xai_core.registry import MethodEntry, build_options, methods
 
 
@@ -38,6 +39,7 @@ def attribute(
     parts: Tensor | None = None,
     batch_size: int = 32,
     native: bool = False,
+    precision: Precision = "fp32",
 ) -> Tensor:
     """Pixel maps of any registered method for the target classes.
 
@@ -47,27 +49,76 @@ def attribute(
         parts: labels ``[B, H, W]`` (255 = no part), which part methods need.
         batch_size: the most images in one pass, fewer where these do not fit in memory; it never changes a result.
         native: leave maps in the method's own resolution instead of upsampling to the input's.
+        precision: arithmetic of the passes; the caller's own autocast and gradient modes have no effect.
 
     Returns:
         ``[B, H, W]`` float32 (``[B, h, w]`` when ``native``), higher is more relevant.
 
     Raises:
-        UsageError: an unknown method, a family it does not fit, missing parts, or targets out of range.
+        UsageError: an unknown method, a model it does not fit, missing parts, or targets out of range.
+        NotFinite: an input holds NaN or infinity.
         OutOfMemory: one image does not fit in memory even alone.
     """
     entry = methods.get(method)
     if entry.output == "parts":
-        scores = score_parts(model, images, targets, parts, method=method, options=options, batch_size=batch_size)
+        scores = score_parts(
+            model,
+            images,
+            targets,
+            parts,
+            method=method,
+            options=options,
+            batch_size=batch_size,
+            precision=precision,
+        )
         return paint_parts(scores.score, _required_parts(entry, parts))
-    check_request(entry, model, images, targets)
-    chosen = _options(entry, options)
-    batches = run_batches(
-        lambda rows: entry.function(model, images[rows], targets[rows], chosen, batch_size),
-        len(images),
-        batch_size,
-    )
-    maps = torch.cat(batches).float() if batches else images.new_zeros(0, *images.shape[-2:]).float()
-    return maps if native else upsample_map(maps, images.shape[-2:], entry.upsampling)
+    return attribute_classes(
+        model,
+        images,
+        targets.view(-1, 1),
+        method=method,
+        options=options,
+        batch_size=batch_size,
+        native=native,
+        precision=precision,
+    ).squeeze(1)
+
+
+def attribute_classes(
+    model: Classifier,
+    images: Tensor,
+    classes: Tensor,
+    *,
+    method: str,
+    options: Any = None,
+    batch_size: int = 32,
+    native: bool = False,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """Pixel maps of several classes of each image, ``[B, K, H, W]``, from shared passes.
+
+    Args:
+        classes: class indices ``[B, K]``; the others as in :func:`attribute`, and the same errors.
+    """
+    entry = methods.get(method)
+    if entry.output == "parts":
+        raise UsageError(f"{method!r} scores parts: expected a method of pixel maps")
+    chosen = check_request(entry, model, images, classes, options, precision)
+    with own_modes(precision, images.device):
+        images, classes = _usable(images), _usable(classes)
+        batches = run_batches(
+            lambda rows: entry.function(model, images[rows], classes[rows], chosen, batch_size).detach(),
+            len(images),
+            batch_size,
+        )
+        if not batches:
+            return images.new_zeros(0, classes.shape[1], *images.shape[-2:]).float()
+        maps = torch.cat(batches).float()
+        return (
+            maps
+            if native
+            else upsample_map(maps.flatten(0, 1), images.shape[-2:], entry.upsampling).unflatten(0, maps.shape[:2])
+        )
 
 
 def score_parts(
@@ -79,15 +130,16 @@ def score_parts(
     method: str = "kl_hessian",
     options: Any = None,
     batch_size: int = 32,
+    precision: Precision = "fp32",
 ) -> PartScores:
     """Part scores of a registered part method: see :func:`attribute` for arguments and errors."""
     entry = methods.get(method)
     if entry.output != "parts":
         raise UsageError(f"{method!r} yields pixel maps: expected a part method; average its map inside parts")
-    check_request(entry, model, images, targets)
-    return entry.function(
-        model, images, targets, _required_parts(entry, parts), _options(entry, options), batch_size
-    )
+    chosen = check_request(entry, model, images, targets.view(-1, 1), options, precision)
+    labels = _required_parts(entry, parts)
+    with own_modes(precision, images.device):
+        return entry.function(model, _usable(images), _usable(targets), _usable(labels), chosen, batch_size)
 
 
 def join_scores(scores: Sequence[PartScores]) -> PartScores:
@@ -119,33 +171,66 @@ def upsample_map(maps: Tensor, size: torch.Size | tuple[int, int], rule: str | N
     return F.interpolate(maps.unsqueeze(1), size=tuple(size), mode=rule, align_corners=False).squeeze(1)
 
 
-def check_request(entry: MethodEntry, model: Classifier, images: Tensor, targets: Tensor) -> None:
-    """Refuses shapes, targets and architectures that a method cannot work on, before any pass.
+def check_request(
+    entry: MethodEntry, model: Classifier, images: Tensor, classes: Tensor, options: Any, precision: Precision
+) -> Any:
+    """Refuses shapes, targets, models and inputs that a method cannot work on, before any pass.
+
+    Returns:
+        The method's options object.
 
     Raises:
-        UsageError: naming what was expected and got.
+        UsageError: naming what was expected and got; NotFinite: naming the images.
     """
-    check_family(entry, model)
-    if images.ndim != 4 or targets.shape != images.shape[:1]:
+    chosen = _options(entry, options)
+    check_method(entry, model, chosen, precision)
+    if images.ndim != 4 or classes.ndim != 2 or len(classes) != len(images):
         raise UsageError(
-            f"{entry.name}: expected images [B, 3, H, W] and targets [B], "
-            f"got {tuple(images.shape)} and {tuple(targets.shape)}"
+            f"{entry.name}: expected images [B, 3, H, W] and class indices for each [B, K], "
+            f"got {tuple(images.shape)} and {tuple(classes.shape)}"
         )
-    if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= model.num_classes):
+    if classes.numel() and (int(classes.min()) < 0 or int(classes.max()) >= model.num_classes):
         raise UsageError(
             f"{entry.name}: expected targets in 0..{model.num_classes - 1}, "
-            f"got {int(targets.min())}..{int(targets.max())}"
+            f"got {int(classes.min())}..{int(classes.max())}"
         )
+    bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise NotFinite(
+            f"{entry.name}: expected finite inputs, got NaN or infinity in image {bad[0]} of the batch"
+        )
+    return chosen
 
 
-def check_family(entry: MethodEntry, model: Classifier) -> None:
-    """Refuses a method on an architecture it does not fit, naming methods that do."""
-    if model.family not in entry.families:
-        fitting = [other.name for other in methods if model.family in other.families]
+def check_method(entry: MethodEntry, model: Classifier, options: Any, precision: Precision = "fp32") -> None:
+    """Refuses a method on a model it does not fit, saying why and naming methods that fit.
+
+    Raises:
+        UsageError: the family, a need of the method, or the precision.
+    """
+    reason = _misfit(entry, model, options)
+    if reason is not None:
+        fitting = [other.name for other in methods if _misfit(other, model, other.options()) is None]
         raise UsageError(
-            f"method {entry.name!r} fits {' and '.join(entry.families)} models, but {model.spec.name} is a "
-            f"{model.family}; methods that fit it: {', '.join(fitting)}"
+            f"method {entry.name!r} does not fit {model.spec.name}: {reason}; "
+            f"methods that fit it: {', '.join(fitting)}"
         )
+    if precision == "bf16" and not entry.half_precision:
+        raise UsageError(
+            f"method {entry.name!r} needs more than bf16's eight bits of precision: use fp32, or tf32 on a GPU"
+        )
+
+
+def _misfit(entry: MethodEntry, model: Classifier, options: Any) -> str | None:
+    if model.family not in entry.families:
+        return f"it fits {' and '.join(entry.families)} models, and this is a {model.family}"
+    reasons = (need(model, options) for need in entry.needs)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """A caller's tensor without its graph; a copy of one made in inference mode, which autograd refuses."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _options(entry: MethodEntry, options: Any) -> Any:
