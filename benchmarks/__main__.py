@@ -14,8 +14,11 @@ import torch
 
 # Name, module, and whether it runs on a bare GPU machine.
 BENCHMARKS = (
+    ("cam", "benchmarks.cam", False),
     ("kl_hessian", "benchmarks.kl_hessian", True),
+    ("perturbation", "benchmarks.perturbation", True),
     ("precision", "benchmarks.precision", True),
+    ("var", "benchmarks.var", True),
     ("resume", "benchmarks.resume", False),
     ("store", "benchmarks.store", False),
     ("sql", "benchmarks.sql", False),

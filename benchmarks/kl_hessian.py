@@ -43,8 +43,8 @@ def compare(name: str, device: str, *, images: int, batch_size: int, precision: 
     functions: dict[str, Callable[[], object]] = {
         "forward": partial(forward, model, batch),
         "gradient": partial(input_gradient, model, batch, labels),
-        "ours": partial(score_parts, model, pictures, targets, parts, batch_size=batch_size),
-        "twin": partial(one_part_at_a_time, model, pictures[:1], targets[:1], parts[:1]),
+        "ours": partial(score_parts, model, pictures, targets, parts, batch_size=batch_size, precision=precision),
+        "twin": partial(one_part_at_a_time, model, pictures[:1], targets[:1], parts[:1], precision),
     }
     with precision_context(precision, device):
         times = alternate(functions, repeats, device)
@@ -83,8 +83,10 @@ def forward(model: Classifier, batch: Tensor) -> Tensor:
         return model(batch)
 
 
-def one_part_at_a_time(model: Classifier, pictures: Tensor, targets: Tensor, parts: Tensor) -> None:
+def one_part_at_a_time(
+    model: Classifier, pictures: Tensor, targets: Tensor, parts: Tensor, precision: Precision
+) -> None:
     """The slow twin: every part a call of its own, everything computed again for each."""
     for part in range(PARTS):
         alone = torch.where(parts == part, 0, 255).to(torch.uint8)
-        score_parts(model, pictures, targets, alone, batch_size=2)
+        score_parts(model, pictures, targets, alone, batch_size=2, precision=precision)

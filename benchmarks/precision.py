@@ -16,10 +16,10 @@ from benchmarks.kl_hessian import inputs
 from benchmarks.timing import row
 from xai_core.attribution import score_parts
 from xai_core.models import ModelSpec, load_classifier
-from xai_core.precision import precision_context
+from xai_core.precision import Precision
 
 MODEL = {"cpu": "deit_tiny_patch16_224", "cuda": "vit_base_patch16_224"}
-PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16")}
+PRECISIONS: dict[str, tuple[Precision, ...]] = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16")}
 IMAGES = 4
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 CHECKPOINT = SHARED / "models" / "deit_tiny_patch16_224.safetensors"
@@ -38,8 +38,7 @@ def run(device: str) -> None:
         targets = model(pictures).argmax(dim=1)
     found = {}
     for precision in PRECISIONS[device]:
-        with precision_context(precision, device):  # type: ignore[arg-type]
-            found[precision] = score_parts(model, pictures, targets, parts).score
+        found[precision] = score_parts(model, pictures, targets, parts, precision=precision).score
     model.module.double()
     exact = score_parts(model, pictures.double(), targets, parts).score
     for precision, scores in found.items():

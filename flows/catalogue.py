@@ -9,7 +9,7 @@ import xai_core.attribution
 import xai_core.concepts
 import xai_core.metrics
 import xai_core.parts  # noqa: F401  (importing registers)
-from xai_core.registry import Entry, Registry, extractors, methods, metrics, parsers
+from xai_core.registry import Entry, MethodEntry, Registry, extractors, methods, metrics, parsers
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "methods": methods,
@@ -17,7 +17,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "parts": parsers,
     "extractors": extractors,
 }
-HIDDEN = ("function", "trajectories", "options")
+HIDDEN = ("function", "trajectories", "options", "arrays", "wraps", "fit")
 
 
 def catalogue(kind: str, pattern: str | None = None) -> list[dict[str, Any]]:
@@ -34,11 +34,23 @@ def catalogue(kind: str, pattern: str | None = None) -> list[dict[str, Any]]:
     return [entry for entry in entries if pattern is None or fnmatch(entry["name"], pattern)]
 
 
+def default_of(option: dataclasses.Field[Any]) -> Any:
+    """An option's default, or ``required``."""
+    if option.default_factory is not dataclasses.MISSING:
+        return option.default_factory()
+    return "required" if option.default is dataclasses.MISSING else option.default
+
+
+def needs_of(entry: MethodEntry) -> list[str]:
+    """What a method needs of a model beside its family, a phrase each."""
+    return [(need.__doc__ or need.__name__).strip().splitlines()[0].rstrip(".") for need in entry.needs]
+
+
 def _describe(entry: Entry) -> dict[str, Any]:
     facts = {
         field.name: getattr(entry, field.name) for field in dataclasses.fields(entry) if field.name not in HIDDEN
     }
-    options = {field.name: field.default for field in dataclasses.fields(entry.options)}
-    if "families" in facts:
-        facts["families"] = ", ".join(facts["families"])
+    options = {field.name: default_of(field) for field in dataclasses.fields(entry.options)}
+    if isinstance(entry, MethodEntry):
+        facts |= {"families": ", ".join(entry.families), "needs": needs_of(entry), "fitted": entry.fit is not None}
     return {"name": facts.pop("name"), "options": options, **facts}

@@ -189,8 +189,8 @@ def _result(work: Work, future: Any) -> Receipt | Failure | Busy:
 
 def _deadly(error: Any) -> str:
     return (
-        f"expected a worker to live through it, got {error.allowed_failures + 1} that died of it, the last at "
-        f"{error.last_worker.address}: it may need more memory than they have (lower run.batch_size or "
+        f"expected a worker to live through it, got {error.allowed_failures + 1} that died with it in hand, the "
+        f"last at {error.last_worker.address}: it may need more memory than they have (lower run.batch_size or "
         "run.shard_size, raise compute.memory_limit, use fewer compute.workers), or crash a library (take the "
         "image or the method that does out of the study)"
     )

@@ -15,7 +15,7 @@ from storage.sources import decode_image
 from tasks.config import Choice, RunConfig, StudyConfig, options_of
 from tasks.worker import classifier, resolve_device
 from xai_core.attribution import attribute, paint_parts, score_parts
-from xai_core.attribution.interface import check_method
+from xai_core.attribution.interface import check_method, fitting_entry
 from xai_core.errors import UsageError
 from xai_core.metrics.evaluate import mean_inside_parts
 from xai_core.models import Classifier
@@ -85,6 +85,7 @@ def explain_pictures(paths: Sequence[Path], request: Request, output: Path) -> I
     pictures = [(path, _read(path)) for path in paths]
     model = classifier(config.model.model_dump_json(), device)
     for choice in config.methods:
+        _refuse_learner(choice)
         check_method(methods.get(choice.name), model, options_of(methods, choice), config.run.precision)
     if request.target is not None and not 0 <= request.target < model.num_classes:
         raise UsageError(f"--target: expected a class in 0..{model.num_classes - 1}, got {request.target}")
@@ -102,6 +103,14 @@ def explain_pictures(paths: Sequence[Path], request: Request, output: Path) -> I
         target = output if len(pictures) == 1 else output.with_stem(f"{output.stem}-{path.stem}")
         sheet.save(target, "PNG")
         yield target, found.lines()
+
+
+def _refuse_learner(choice: Choice) -> None:
+    if fitting_entry(methods.get(choice.name), options_of(methods, choice)) is not None:
+        raise UsageError(
+            f"method {choice.name!r} learns from a data set before it explains, and a few pictures are none: "
+            "name it under methods in a study's config, and `vitrine run`"
+        )
 
 
 def _read(path: Path):  # type: ignore[no-untyped-def]

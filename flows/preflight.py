@@ -9,6 +9,7 @@ from PIL import Image
 
 from storage.sources.decode import upright_size
 from storage.sources.folder import open_file, path_of
+from tasks.concept_folder import concept_files
 from tasks.config import Choice, ModelConfig, StudyConfig, options_of
 from tasks.parts import mask_path
 from tasks.sources import open_source
@@ -50,7 +51,11 @@ def check_study(study: Study) -> None:
 
 
 def _check_method(model: Classifier, choice: Choice, precision: Precision) -> None:
-    check_method(methods.get(choice.name), model, options_of(methods, choice), precision)
+    options = options_of(methods, choice)
+    check_method(methods.get(choice.name), model, options, precision)
+    folder = getattr(options, "concepts", None)
+    if methods.get(choice.name).fit is not None and folder is not None:
+        concept_files(Path(folder))
 
 
 def _check_backbone(backbone: ModelConfig | None) -> None:

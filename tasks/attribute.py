@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -10,13 +11,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from storage.schema import rows_to_table
+from tasks.concept_fit import fit_of, read_fitted
 from tasks.config import Choice, options_of
 from tasks.labels import images_with_parts, read_part_labels
 from tasks.stage import Context, Outcome, Stage
 from tasks.study import Study
 from tasks.targets import predicted_pictures, read_targets
 from tasks.worker import Pictures, study_classifier
-from xai_core.attribution import PartScores, attribute, join_scores, paint_parts, score_parts
+from xai_core.attribution import PartScores, attribute_arrays, join_scores, paint_parts, score_parts
 from xai_core.batching import Batches, try_batches
 from xai_core.errors import ImageError, NotFinite
 from xai_core.parts import MOST_PARTS, part_areas
@@ -27,16 +29,18 @@ from xai_core.registry import MethodEntry, methods
 class Explained:
     """Maps ``[n, h, w]`` of some pictures, and part scores where the method scores parts.
 
-    ``finite`` ``[n]`` says whose map, and all of whose parts' scores, are numbers.
+    ``finite`` ``[n]`` says whose map, and all of whose parts' scores, are numbers; ``arrays`` are what the method
+    hands out beside the map, ``[n, ...]`` each.
     """
 
     maps: Tensor
     scores: PartScores | None
     finite: Tensor
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def run(context: Context) -> Outcome:
-    """The arrays ``maps``, ``scale``, ``valid`` and, for part methods, rows of ``part_scores`` for one shard."""
+    """The arrays ``maps``, ``scale``, ``valid``, what the method hands out beside them, and part scores."""
     choice = _choice(context)
     entry = methods.get(choice.name)
     pictures = predicted_pictures(context)
@@ -69,14 +73,16 @@ def _explain(context: Context, choice: Choice, entry: MethodEntry, pictures: Pic
         "options": options_of(methods, choice),
         "batch_size": config.batch_size,
         "precision": config.precision,
+        "fitted": read_fitted(context),
     }
     labels = read_part_labels(context, pictures).to(context.device) if entry.output == "parts" else None
 
     def explain(rows: slice) -> Explained:
         inputs, of = pictures.inputs[rows], targets[rows]
         if labels is None:
-            maps = attribute(model, inputs, of, native=True, **shared)
-            return Explained(maps, None, _all_finite(maps))
+            maps, arrays = attribute_arrays(model, inputs, of, native=True, **shared)
+            on_cpu = {name: values.cpu() for name, values in arrays.items()}
+            return Explained(maps, None, _all_finite(maps), on_cpu)
         scores = score_parts(model, inputs, of, labels[rows], **shared)
         maps = paint_parts(scores.score, labels[rows])
         return Explained(maps, scores, _all_finite(maps) & _scored(scores, labels[rows]))
@@ -108,6 +114,9 @@ def _write(context: Context, entry: MethodEntry, explained: list[Explained], kep
     rule = entry.upsampling or ""
     context.write_array("maps", kept.rows, maps, ("y", "x"), upsampling=rule, unit="value / scale")
     context.write_array("scale", kept.rows, scale, ())
+    for name, dimensions in entry.arrays(options_of(methods, _choice(context))).items():
+        values = torch.cat([one.arrays[name] for one in explained])[finite.cpu()]
+        context.write_array(name, kept.rows, values.numpy(), dimensions)
     context.write_valid(kept.rows)
     scores = [one.scores for one in explained if one.scores is not None]
     if scores:
@@ -149,9 +158,10 @@ def _nullable(values: Tensor) -> list[float | None]:
 
 
 def upstream(study: Study, variant: str) -> tuple[tuple[str, str], ...]:
-    """Images and targets, and parts where the method scores parts."""
+    """Images and targets, parts where the method scores parts, and what it learnt where it learns from data."""
     choice = next(choice for choice in study.config.methods if choice.id == variant)
-    always = (("manifest", ""), ("predict", ""))
+    fit = fit_of(study.config, variant)
+    always = (("manifest", ""), ("predict", ""), *((("fit", fit),) if fit is not None else ()))
     return (*always, ("parts", "")) if methods.get(choice.name).output == "parts" else always
 
 

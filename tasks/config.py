@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -32,11 +33,18 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _tuples(value: Any) -> Any:
+    """Lists as tuples all the way down: JSON knows only lists, and options that went through it stay equal."""
+    if isinstance(value, Mapping):
+        return {key: _tuples(one) for key, one in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
 class Choice(Frozen):
     """A registered thing with all its options spelled out, and the id under which its results stand."""
 
     name: str
-    options: Mapping[str, Any]
+    options: Annotated[Mapping[str, Any], AfterValidator(_tuples)]
     id: str
 
 
@@ -61,31 +69,44 @@ def _choose(registry: Registry[Any]) -> Callable[[Any], Choice]:
 
 
 def _check_options(options: type, given: Mapping[str, Any]) -> Any:
-    """The options object from a config's values, types checked; errors name the option."""
+    """The options object from a config's values, types checked; errors name the option.
+
+    An option whose metadata says that it ``names`` a method is checked as one, with that method's own options.
+    """
     known = [option.name for option in fields(options)]
+    wrapping = [one.name for one in fields(options) if one.metadata.get("names") == methods.kind]
+    given = {**given, **{name: _check_named(name, given[name]) for name in wrapping if name in given}}
     strict = pydantic_dataclass(options, frozen=True, config=ConfigDict(extra="forbid"))
     try:
         checked = TypeAdapter(strict).validate_python(dict(given))
     except ValidationError as error:
-        details = [(".".join(map(str, one["loc"])), one) for one in error.errors()]
         raise ValueError(
-            "; ".join(
-                f"option {where or '?'}: {one['msg']}, got {one['input']!r}"
-                if one["type"] != "unexpected_keyword_argument"
-                else f"no option {where!r}; it takes {', '.join(known) or 'none'}"
-                for where, one in details
-            )
+            "; ".join(_told(".".join(map(str, one["loc"])), one, known) for one in error.errors())
         ) from None
     return options(**{name: getattr(checked, name) for name in known})
 
 
+def _told(where: str, error: Any, known: list[str]) -> str:
+    """One line for one wrong option; what the options object itself refuses names the option already."""
+    if error["type"] == "unexpected_keyword_argument":
+        return f"no option {where!r}; it takes {', '.join(known) or 'none'}"
+    if not where:
+        return str(error["msg"]).removeprefix("Value error, ")
+    return f"option {where}: {error['msg']}, got {error['input']!r}"
+
+
+def _check_named(option: str, value: Any) -> dict[str, Any]:
+    """A method and its options as a mapping, all of them written out."""
+    try:
+        choice = _choose(methods)(value)
+    except ValueError as error:
+        raise ValueError(f"option {option}: {error}") from None
+    return {"name": choice.name, **choice.options}
+
+
 def options_of(registry: Registry[Any], choice: Choice) -> Any:
     """The options object of a choice."""
-    return registry.get(choice.name).options(**{k: _tuples(v) for k, v in choice.options.items()})
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return registry.get(choice.name).options(**choice.options)
 
 
 MethodChoice = Annotated[Choice, BeforeValidator(_choose(methods))]

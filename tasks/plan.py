@@ -121,7 +121,10 @@ class Planner:
     def _upstream(self, stage: Stage, variant: str, shard: Shard | None) -> dict[Unit, str | None]:
         wanted = set(stage.upstream(self.study, variant))
         if shard is not None:
-            units = [Unit(name, other, shard.index) for name, other in stage.upstream(self.study, variant)]
+            units = [
+                Unit(name, other, shard.index if STAGES[name].sharded else 0)
+                for name, other in stage.upstream(self.study, variant)
+            ]
             return {unit: self._keys[unit] for unit in units}
         return {unit: key for unit, key in self._keys.items() if (unit.stage, unit.variant) in wanted}
 

@@ -1,9 +1,8 @@
-"""The report's gallery: a few telling images, each with its parts and every method's overlay."""
+"""The report's gallery: a few telling images, each with its parts, every method's overlay, and its contests."""
 
 from __future__ import annotations
 
-import base64
-import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +10,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-import xarray
-from PIL import Image
 
 from storage.canonical import digest_bytes
 from storage.errors import SourceError
 from storage.results import Results
 from storage.sources import decode_image
+from tasks.config import Choice
+from tasks.predict import class_names
+from tasks.report_contests import MOST_CLASSES, OTHER_TILES, Contest, contest_of, with_contests
+from tasks.report_tiles import Rows, Tile, data_uri, map_tile, stored_map
 from tasks.sources import open_source
 from tasks.stage import Context
 from tasks.worker import study_classifier
-from xai_core.attribution import upsample_map
-from xai_core.render import is_signed, overlay, part_map
+from xai_core.render import is_signed, part_map
 
 GALLERY_IMAGES = 12
 
@@ -31,8 +31,6 @@ GALLERY_SHARDS = 4
 
 # Pictures in all: with many methods there are fewer images, so that the page stays small.
 MOST_TILES = 240
-LONGEST_SIDE = 224
-JPEG_QUALITY = 85
 
 
 @dataclass(frozen=True)
@@ -50,35 +48,50 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """A picture as a data URI, or None where there is none; ``note`` says why."""
-
-    name: str
-    uri: str | None
-    alternative: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
 class Card:
-    """An image with its tiles: picture, parts, every method."""
+    """An image with its tiles: picture, parts, every method; and the contests of methods that kept theirs."""
 
     image: Chosen
     tiles: tuple[Tile, ...]
+    contests: tuple[Contest, ...] = ()
 
 
 def gallery(context: Context, results: Results) -> tuple[list[Card], int]:
     """The gallery's cards, and how many chosen pictures can no longer be read as they were listed."""
     methods = [choice.id for choice in context.config.methods]
-    count = max(1, min(GALLERY_IMAGES, MOST_TILES // (len(methods) + 2)))
+    contests = with_contests(context.config.methods)
+    tiles = len(methods) + 2 + len(contests) * (MOST_CLASSES + OTHER_TILES)
+    count = max(1, min(GALLERY_IMAGES, MOST_TILES // tiles))
     first = results.select(shards=range(GALLERY_SHARDS))
     chosen = choose(_candidates(first), count)
     pictures = {image.image_id: _read_picture(context, image) for image in chosen}
-    shown = [image for image in chosen if pictures[image.image_id] is not None]
+    shown = [(image, picture) for image in chosen if (picture := pictures[image.image_id]) is not None]
     rows = Rows(first)
-    signed = {method: any(is_signed(_map(context, rows, method, one)) for one in shown) for method in methods}
-    cards = [Card(image, tuple(_tiles(context, rows, image, pictures[image.image_id], signed))) for image in shown]
+    signed = {
+        method: any(is_signed(stored_map(context, rows, method, one.image_id)) for one, _ in shown)
+        for method in methods
+    }
+    cards = [
+        Card(
+            image,
+            tuple(_tiles(context, rows, image, picture, signed)),
+            _contests(context, rows, contests, image, picture),
+        )
+        for image, picture in shown
+    ]
     return cards, len(chosen) - len(shown)
+
+
+def _contests(
+    context: Context, rows: Rows, choices: Sequence[Choice], image: Chosen, picture: np.ndarray
+) -> tuple[Contest, ...]:
+    if not choices:
+        return ()
+    names = class_names(context, study_classifier(context))
+    found = (
+        contest_of(context, rows, choice, image.image_id, picture, names, _subject(image)) for choice in choices
+    )
+    return tuple(one for one in found if one is not None)
 
 
 def choose(candidates: list[Chosen], count: int) -> list[Chosen]:
@@ -137,49 +150,19 @@ def _read_picture(context: Context, image: Chosen) -> np.ndarray | None:
     return (shown.permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
 
 
-class Rows:
-    """Rows of committed arrays by image, each array opened once and read where it is asked for."""
-
-    def __init__(self, results: Results) -> None:
-        self._results = results
-        self._names = frozenset(results.array_names())
-        self._arrays: dict[str, xarray.DataArray] = {}
-
-    def row(self, name: str, image_id: int) -> xarray.DataArray | None:
-        """An image's row of an array, or None where it has none."""
-        if name not in self._names:
-            return None
-        if name not in self._arrays:
-            self._arrays[name] = self._results.xarray(name)
-        rows = self._arrays[name]
-        if image_id not in rows.indexes["image"]:
-            return None
-        row = rows.sel(image=image_id)
-        return row if bool(row["valid"]) else None
-
-
-def _map(context: Context, rows: Rows, method: str, image: Chosen) -> np.ndarray:
-    """A method's map at input resolution ``[H, W]``, empty ``[0, 0]`` where the image has none."""
-    values = rows.row(f"attribute/{method}/maps", image.image_id)
-    scale = rows.row(f"attribute/{method}/scale", image.image_id)
-    if values is None or scale is None:
-        return np.zeros((0, 0))
-    scaled = torch.from_numpy(values.values.astype(np.float32)) * float(scale)
-    size = study_classifier(context).input_size
-    return upsample_map(scaled.unsqueeze(0), size, values.attrs["upsampling"] or None)[0].numpy()
+def _subject(image: Chosen) -> str:
+    return f"image {image.image_id} ({image.path})"
 
 
 def _tiles(
-    context: Context, rows: Rows, image: Chosen, picture: np.ndarray | None, signed: dict[str, bool]
+    context: Context, rows: Rows, image: Chosen, picture: np.ndarray, signed: dict[str, bool]
 ) -> list[Tile]:
-    if picture is None:
-        return []
-    subject = f"image {image.image_id} ({image.path})"
-    tiles = [Tile("image", _uri(picture), f"{subject} as the model saw it")]
+    subject = _subject(image)
+    tiles = [Tile("image", data_uri(picture), f"{subject} as the model saw it")]
     tiles.append(_part_tile(rows, image, picture, subject))
     for method, has_sign in signed.items():
-        values = _map(context, rows, method, image)
-        tiles.append(_method_tile(method, values, picture, has_sign, subject))
+        values = stored_map(context, rows, method, image.image_id)
+        tiles.append(map_tile(method, values, picture, has_sign, subject))
     return tiles
 
 
@@ -187,21 +170,4 @@ def _part_tile(rows: Rows, image: Chosen, picture: np.ndarray, subject: str) -> 
     labels = rows.row("parts/labels", image.image_id)
     if labels is None:
         return Tile("parts", None, f"no parts of {subject}", "no parts")
-    return Tile("parts", _uri(part_map(picture, labels.values)), f"parts of {subject}")
-
-
-def _method_tile(method: str, values: np.ndarray, picture: np.ndarray, has_sign: bool, subject: str) -> Tile:
-    if values.size == 0:
-        return Tile(method, None, f"no map by {method} of {subject}", "no map")
-    note = "constant map" if values.min() == values.max() else ""
-    uri = _uri(overlay(picture, values, signed=has_sign))
-    return Tile(method, uri, f"relevance by {method} over {subject}", note)
-
-
-def _uri(picture: np.ndarray) -> str:
-    """A picture as a small JPEG inside a data URI."""
-    stream = io.BytesIO()
-    image = Image.fromarray(picture)
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-    image.save(stream, "JPEG", quality=JPEG_QUALITY, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return Tile("parts", data_uri(part_map(picture, labels.values)), f"parts of {subject}")

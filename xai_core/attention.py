@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from xai_core.errors import UsageError
 from xai_core.models import Classifier
+from xai_core.precision import own_modes
 
 # What can be read of a block: the submodule it passes through, and whether as its first input or its output.
 POINTS: dict[str, tuple[str, bool]] = {
@@ -21,6 +24,14 @@ POINTS: dict[str, tuple[str, bool]] = {
     "mixed": ("attn.proj", True),  # attention times values, heads joined [B, T, C]
     "attention_output": ("attn", False),  # after the projection, before the residual sum
     "mlp_output": ("mlp", False),
+}
+# Points of blocks that add an attention branch, then an MLP branch; only methods that ask for them need them.
+BRANCHES: dict[str, tuple[str, bool]] = {
+    "attention_added": ("ls1", False),  # what the attention branch adds to the residual stream [B, T, C]
+    "middle": ("norm2", True),  # the residual stream between the branches
+    "mlp_input": ("mlp.fc1", True),
+    "mlp_hidden": ("mlp.fc2", True),  # after the activation
+    "mlp_added": ("ls2", False),
 }
 
 
@@ -47,19 +58,30 @@ def blocks_of(model: Classifier) -> list[nn.Module]:
 
 @contextmanager
 def probed(
-    model: Classifier, points: Sequence[str], *, with_gradient: bool = False
+    model: Classifier,
+    points: Sequence[str],
+    *,
+    with_gradient: bool = False,
+    first: int = 0,
+    reduce: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Iterator[dict[str, list[Tensor]]]:
-    """Collects, block by block, what passes the named :data:`POINTS` in the forward passes inside the block.
+    """Collects, block by block, what passes the named :data:`POINTS` (or :data:`BRANCHES`) in the forward pass
+    inside the block.
 
     Attention is explicit inside. With ``with_gradient`` (gradients must be enabled) the first of the tensors to be
     reached becomes a leaf of the graph, so that the backward pass costs only what lies behind it.
+
+    Args:
+        first: the first transformer block to read, from 0; those before it run as ever, and unrecorded.
+        reduce: by point, what to keep of a tensor in its place, such as the mean of the heads.
     """
     found: dict[str, list[Tensor]] = {point: [] for point in points}
+    shortened = reduce or {}
 
     def keep(point: str, tensor: Tensor) -> Tensor:
         if with_gradient and not tensor.requires_grad:
             tensor = tensor.detach().requires_grad_(True)
-        found[point].append(tensor)
+        found[point].append(shortened[point](tensor) if point in shortened else tensor)
         return tensor
 
     def before(point: str):  # type: ignore[no-untyped-def]
@@ -70,9 +92,9 @@ def probed(
 
     handles = []
     try:
-        for block in blocks_of(model):
+        for block in blocks_of(model)[first:]:
             for point in points:
-                path, entering = POINTS[point]
+                path, entering = (POINTS | BRANCHES)[point]
                 place = block.get_submodule(path)
                 handles.append(
                     place.register_forward_pre_hook(before(point))
@@ -99,35 +121,51 @@ def readout(model: Classifier) -> Tensor:
 
     The class token alone, class and distillation token by halves, or all pooled tokens alike.
     """
-    rows, columns = model.token_grid
-    count = model.num_prefix_tokens + rows * columns
-    width = model.module.num_features
+    count, width = token_count(model), model.module.num_features
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(1, count, width, generator=generator).to(model.device, model.dtype)
+    features, direction = torch.randn(2, 1, count, width, generator=generator).to(model.device, model.dtype)
     with torch.enable_grad():
         features.requires_grad_(True)
-        (gradient,) = torch.autograd.grad(model.module.forward_head(features).square().sum(), features)
+        # Before the classifier, whose weights may be zero; along a direction, as a norm fixes the length.
+        pooled = model.module.forward_head(features, pre_logits=True)
+        (gradient,) = torch.autograd.grad((pooled * direction[:, 0]).sum(), features)
     read = gradient[0].abs().amax(dim=1) > 0
     return read.to(model.dtype) / read.sum()
 
 
+def token_count(model: Classifier) -> int:
+    """Prefix and patch tokens together."""
+    rows, columns = model.token_grid
+    return model.num_prefix_tokens + rows * columns
+
+
 def patch_map(model: Classifier, tokens: Tensor) -> Tensor:
-    """Values of all tokens ``[..., T]`` as a map of the patch tokens ``[..., rows, columns]``."""
+    """Values of all tokens ``[..., T]`` as a map of the patch tokens ``[..., rows, columns]``.
+
+    Raises:
+        UsageError: the images had another size than the model's preprocessing yields.
+    """
+    if tokens.shape[-1] != token_count(model):
+        raise UsageError(
+            f"{model.spec.name}: expected {token_count(model)} tokens (inputs of {model.input_size}), "
+            f"got {tokens.shape[-1]}; give images of that size"
+        )
     return tokens[..., model.num_prefix_tokens :].unflatten(-1, model.token_grid)
+
+
+def softmax_attention(model: Classifier, _options: Any) -> str | None:
+    """Transformer blocks whose softmax attention over all tokens is in reach."""
+    return _unreached(model, ("attention",))
 
 
 def global_attention(model: Classifier, _options: Any) -> str | None:
     """Blocks of plain self-attention over all tokens, each with its softmax probabilities in reach."""
-    blocks = getattr(model.module, "blocks", None)
-    if not blocks:
-        return "it has no list of transformer blocks"
-    missing = [path for path, _ in POINTS.values() if any(not _has(block, path) for block in blocks)]
-    if missing:
-        return (
-            f"its blocks have no {missing[0]!r}: not plain self-attention with one layer for queries, keys, values"
-        )
-    sizes = {tuple(block.attn.qkv.weight.shape) for block in blocks}
-    return None if len(sizes) == 1 else "its blocks differ in width"
+    reason = _unreached(model, tuple(POINTS))
+    if reason is not None:
+        return reason
+    if not _trial(model)["plain"]:
+        return "its attention does more than weigh values by softmax probabilities before the projection"
+    return None
 
 
 def pooled_head(model: Classifier, _options: Any) -> str | None:
@@ -136,6 +174,75 @@ def pooled_head(model: Classifier, _options: Any) -> str | None:
     if getattr(model.module, "attn_pool", None) is not None or pool not in ("token", "avg"):
         return f"its head pools tokens by {pool!r}, so no row of the attention says what the head reads"
     return None
+
+
+def _unreached(model: Classifier, points: Sequence[str]) -> str | None:
+    blocks = getattr(model.module, "blocks", None)
+    if not blocks:
+        return "it has no list of transformer blocks"
+    if not isinstance(getattr(getattr(model.module, "patch_embed", None), "patch_size", None), (tuple, list)):
+        return "its patch embedding does not say how large a patch is, so its tokens have no place in the image"
+    for point in points:
+        path, _ = POINTS[point]
+        if any(not _has(block, path) for block in blocks):
+            return f"its blocks have no {path!r}: not self-attention of the usual build"
+    shapes = _trial(model)["shapes"]
+    for point in points:
+        if len(shapes[point]) != len(blocks):
+            return f"its attention does not pass through {POINTS[point][0]!r} once a block"
+        if len(set(shapes[point])) != 1:
+            return f"its blocks differ in size at {POINTS[point][0]!r}"
+    count = token_count(model)
+    shape = shapes["attention"][0]
+    if len(shape) != 4 or shape[-2:] != (count, count):
+        return f"its attention is not between all {count} tokens: {tuple(shape[1:])} a picture"
+    if shape[1] != blocks[0].attn.num_heads:
+        return f"it has {shape[1]} attention matrices for {blocks[0].attn.num_heads} heads"
+    return None if _trial(model)["stochastic"] else "what weighs its values is not a softmax over all tokens"
+
+
+# Facts of a forward pass, by classifier: a check before every call must not cost a pass each time.
+_TRIALS: WeakKeyDictionary[Classifier, dict[str, Any]] = WeakKeyDictionary()
+
+
+def _trial(model: Classifier) -> dict[str, Any]:
+    """What one random picture leaves at the points that a model's blocks have."""
+    if model not in _TRIALS:
+        blocks = blocks_of(model)
+        points = [point for point, (path, _) in POINTS.items() if all(_has(block, path) for block in blocks)]
+        image = torch.randn(1, 3, *model.input_size, generator=torch.Generator().manual_seed(0))
+        with own_modes("fp32", model.device), probed(model, points) as found:
+            model.module.forward_features(image.to(model.device, model.dtype))
+        attention = found.get("attention", [])
+        _TRIALS[model] = {
+            "shapes": {point: [tensor.shape for tensor in tensors] for point, tensors in found.items()},
+            "stochastic": all(
+                bool((one >= 0).all()) and _close(one.sum(dim=-1), torch.ones_like(one[..., 0]))
+                for one in attention
+            ),
+            "plain": _weighs_values(model, found),
+        }
+    return _TRIALS[model]
+
+
+def _weighs_values(model: Classifier, found: Mapping[str, Sequence[Tensor]]) -> bool:
+    """Whether what enters the projection is attention times values, heads joined, in every block."""
+    named = [found.get(point, []) for point in ("attention", "qkv", "mixed")]
+    if len({len(tensors) for tensors in named}) != 1:
+        return False
+    for attention, qkv, mixed in zip(*named, strict=True):
+        if qkv.shape[-1] != 3 * mixed.shape[-1]:
+            return False
+        _, _, values = split_heads(model, qkv)
+        if attention.shape[:-1] != values.shape[:-1]:
+            return False
+        if not _close((attention @ values).transpose(1, 2).flatten(2), mixed):
+            return False
+    return True
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
 def _has(block: nn.Module, path: str) -> bool:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
+from xai_core.precision import own_modes
+
+Stage = Literal["high", "low"]
+
+# What is wrong with a layer of a model, found out once; the model may go at any time.
+_problems: WeakKeyDictionary[Classifier, dict[str, str | None]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -119,17 +127,125 @@ def as_map(model: Classifier, activation: Tensor, layer: str) -> Tensor:
     )
 
 
-def default_cam_layer(model: Classifier) -> str | None:
+def default_cam_layer(model: Classifier, stage: Stage = "high") -> str | None:
     """The layer that CAM methods read unless told otherwise.
 
-    Maps: the last feature map before pooling (None stands for timm's ``forward_features``). Tokens: the
-    first normalisation of the last block, because what the last block adds to a patch token no longer
-    reaches a head that reads the class token.
+    Maps: ``high`` is the last feature map before pooling (None stands for timm's ``forward_features``), ``low``
+    the last layer of the first stage at a quarter of the input's side or less. Tokens: the first normalisation of
+    the last block, because what the last block adds to a patch token no longer reaches a head that reads the
+    class token; ``low`` is that of the block a third of the way up.
+
+    Raises:
+        UsageError: the model has no such layer.
     """
-    if model.family == "cnn":
+    if model.family == "cnn" and stage == "high":
         return None
-    last_block = model.module.feature_info[-1]["module"]
-    layer = f"{last_block}.norm1"
+    stages = [entry for entry in getattr(model.module, "feature_info", None) or [] if entry.get("module")]
+    if model.family == "cnn":
+        stages = [entry for entry in stages if entry["reduction"] >= 4]
+    if not stages:
+        raise UsageError(
+            f"{model.spec.name} does not say which stages it has; name a layer with the option 'layer'"
+        )
+    if model.family == "cnn":
+        return str(stages[0]["module"])
+    block = stages[-1 if stage == "high" else len(stages) // 3]["module"]
+    layer = f"{block}.norm1"
     if layer not in dict(model.module.named_modules()):
         raise UsageError(f"{model.spec.name} has no layer {layer!r}; name one with the option 'layer'")
     return layer
+
+
+def layer_problem(model: Classifier, layer: str) -> str | None:
+    """Why a layer cannot be read as a map that explains logits, by probing it with random images; or None.
+
+    It is unknown, never runs, has no spatial positions, is overwritten in place, or its positions influence no
+    logit although the image does. The message names a layer to use instead. Each layer of a model is probed once.
+    """
+    known = _problems.setdefault(model, {})
+    if layer not in known:
+        try:
+            with own_modes("fp32", model.device):
+                _probe_layer(model, layer)
+            known[layer] = None
+        except UsageError as error:
+            known[layer] = str(error)
+    return known[layer]
+
+
+def _probe_layer(model: Classifier, layer: str) -> None:
+    """Refuses a layer that cannot be read; no gradients are needed, so that methods without any stay so."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 1, 3, *model.input_size, generator=generator).to(model.device, model.dtype)
+    versions: list[int] = []
+    watch = model.layer(layer).register_forward_hook(
+        lambda _module, _inputs, output: versions.append(getattr(output, "_version", 0))
+    )
+    try:
+        with captured(model, [layer]) as outputs:
+            logits = model(images[0])
+    finally:
+        watch.remove()
+    if layer not in outputs:
+        raise UsageError(
+            f"layer {layer!r}: expected a module that runs in the forward pass of {model.spec.name}, "
+            f"got one that does not; use {_usable_layer(model)}"
+        )
+    if outputs[layer]._version != versions[-1]:
+        raise UsageError(
+            f"layer {layer!r}: expected an output that later layers leave as it is, got one that the next "
+            "module overwrites in place; name that next module (often the activation)"
+        )
+    _positions_of_one_image(model, outputs[layer], layer)
+    if torch.equal(_logits_of_noise(model, images[0], layer), logits) and not torch.equal(
+        model(images[1]), logits
+    ):
+        raise UsageError(
+            f"layer {layer!r}: expected positions that influence the logits of {model.spec.name}, got none "
+            "that does (a head that reads the class token no longer sees what becomes of the patch "
+            f"tokens after the last attention); use {_usable_layer(model)}"
+        )
+
+
+def _logits_of_noise(model: Classifier, image: Tensor, layer: str) -> Tensor:
+    """Logits when the layer's map, but no prefix token, is noise of its own size."""
+
+    def disturb(_module: object, _inputs: object, output: Tensor) -> Tensor:
+        changed = output.clone()
+        values = as_map(model, changed, layer)
+        noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(1)).to(values)
+        values += noise * values.abs().amax()
+        return changed
+
+    handle = model.layer(layer).register_forward_hook(disturb)
+    try:
+        return model(image)
+    finally:
+        handle.remove()
+
+
+def _positions_of_one_image(model: Classifier, activation: Tensor, layer: str) -> None:
+    """Refuses what is no map of one image: vectors, a pooled cell, attention windows, attention heads."""
+    try:
+        size = tuple(as_map(model, activation, layer).shape[-2:])
+    except UsageError as error:
+        raise UsageError(f"{error}, such as {_usable_layer(model)}") from None
+    expected = model.token_grid if model.family == "vit" else size
+    if activation.shape[0] != 1 or size != expected or size == (1, 1):
+        raise UsageError(
+            f"layer {layer!r}: expected the spatial positions of one image, got an output of shape "
+            f"{tuple(activation.shape)}; use {_usable_layer(model)}"
+        )
+
+
+def _usable_layer(model: Classifier) -> str:
+    """The last layer known to work, quoted for an error message.
+
+    On a ViT the last block's first norm is the last place where patch tokens still reach the class token.
+    """
+    stages: list[dict[str, Any]] = getattr(model.module, "feature_info", None) or []
+    if not stages:
+        return "an earlier layer"
+    last = stages[-1]["module"]
+    norm = f"{last}.norm1"
+    return repr(norm if model.family == "vit" and norm in dict(model.module.named_modules()) else last)

@@ -95,6 +95,14 @@ class Classifier:
             return self.module.forward_features(zeros).shape
 
     @property
+    def final_size(self) -> tuple[int, int]:
+        """Rows and columns of the final features: the map's, or the patch tokens'."""
+        if self.layout == "NLC":
+            return self.token_grid
+        rows, columns = self._final_shape[1:3] if self.layout == "NHWC" else self._final_shape[2:]
+        return rows, columns
+
+    @property
     def family(self) -> Family:
         """``vit`` where the features are tokens, else ``cnn`` (maps, windowed attention included)."""
         return "vit" if self.layout == "NLC" else "cnn"

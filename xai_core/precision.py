@@ -37,3 +37,10 @@ def own_modes(precision: Precision, device: str | torch.device) -> Iterator[None
     """
     with torch.inference_mode(False), torch.no_grad(), precision_context(precision, device):
         yield
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """A block of arithmetic between passes that an autocast around it does not round."""
+    with torch.autocast(device.type, enabled=False):
+        yield

@@ -55,6 +55,14 @@ class MethodEntry(Entry):
     fused_attention: Literal["kept", "off"] = "kept"
     # Whether the method may run under bf16; one that may not is refused there.
     half_precision: bool = True
+    # What the method hands out beside the map under its options: names, and their dimensions behind the image's.
+    arrays: Callable[[Any], Mapping[str, tuple[str, ...]]] = field(default=lambda options: {})
+    # The method that this one is computed from under its options, with that method's own options.
+    wraps: Callable[[Any], tuple[MethodEntry, Any]] | None = None
+    # What a method learns from data before it explains: ``(model, samples, options, batch_size, seed)`` to named
+    # tensors, which its function takes as ``fitted``. Its options have ``fit_images``, how many a study gives it;
+    # where a user can bring pictures of his own, ``concepts``, their folder, and ``examples``, the most of each.
+    fit: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -151,14 +159,18 @@ def build_options(entry: Entry, values: Mapping[str, Any]) -> Any:
 def variant_id(name: str, options: Any) -> str:
     """The id under which results are stored: the name, and in brackets every option off its default.
 
-    ``kl_hessian`` with epsilon 0.3 is ``kl_hessian[epsilon=0.3]``.
+    ``kl_hessian`` with epsilon 0.3 is ``kl_hessian[epsilon=0.3]``. Options that have a method ``in_id`` say
+    themselves what stands there, as a mapping.
     """
-    changed = [
-        f"{option.name}={_spell(getattr(options, option.name))}"
-        for option in dataclasses.fields(options)
-        if getattr(options, option.name) != _default(option)
-    ]
-    return f"{name}[{','.join(changed)}]" if changed else name
+    shown = options.in_id() if hasattr(options, "in_id") else _changed(options)
+    spelled = ",".join(f"{key}={_spell(value)}" for key, value in shown.items())
+    return f"{name}[{spelled}]" if spelled else name
+
+
+def _changed(options: Any) -> dict[str, Any]:
+    """The options that are off their defaults."""
+    values = {option.name: (getattr(options, option.name), option) for option in dataclasses.fields(options)}
+    return {key: value for key, (value, option) in values.items() if value != _default(option)}
 
 
 def _default(option: dataclasses.Field[Any]) -> Any:

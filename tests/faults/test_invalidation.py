@@ -208,7 +208,8 @@ def test_a_change_reruns_what_depends_on_it_and_nothing_else(run_chain: Chain, p
     assert run_chain(changed, place.store).counts == {}
 
 
-@pytest.mark.parametrize("name", STAGES)
+# No method here learns from data: tests/tasks/test_concept_fit.py bumps the version of "fit".
+@pytest.mark.parametrize("name", [name for name in STAGES if name != "fit"])
 def test_new_code_of_a_stage_reruns_it_and_what_reads_it(
     run_chain: Chain, place: Place, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

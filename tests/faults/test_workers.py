@@ -77,17 +77,19 @@ def test_a_unit_that_kills_its_workers_is_named_and_given_up_and_no_other_is(
     faults = Faults(tmp_path, ({**IN_ATTRIBUTE, "times": 99},))
     status, said = run(tmp_path, prefect_api, faults, DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=str(ALLOWED))
     assert status == 1
-    assert len(faults.fired()) == ALLOWED + 1
+    # Dask also counts a worker that died of the unit's last attempt while the next one was on its way to it.
+    deaths = len(faults.fired())
+    assert min(2, ALLOWED + 1) <= deaths <= ALLOWED + 1
     (failed,) = (line for line in said.splitlines() if line.startswith("failed: "))
     assert f"1 of 12 units failed; the first, {ILL}: expected a worker to live through it" in failed
-    assert f"got {ALLOWED + 1} that died of it" in failed
+    assert f"got {ALLOWED + 1} that died with it in hand" in failed
     assert "lower run.batch_size" in failed
     assert "resume with: vitrine run study.yaml --store store" in said
     assert "Traceback" not in said
 
     store = open_store(tmp_path / "store")
     assert units(store).keys() - committed(store).keys() == {ILL}
-    assert faults.begun()[units(store)[ILL][:KEY_CHARACTERS]] == ALLOWED + 1
+    assert faults.begun()[units(store)[ILL][:KEY_CHARACTERS]] == deaths
 
     if FULL:
         status, said = run(tmp_path, prefect_api, Faults(tmp_path))

@@ -42,6 +42,23 @@ def tiny_cnn() -> Classifier:
     return Classifier(_lively(module), ModelSpec("resnet10t", False, create_args=arguments, transform=transform))
 
 
+def tiny_relu_cnn() -> Classifier:
+    """A small residual network of convolutions, batch norms and ReLUs, with a max pooling: piecewise linear."""
+    torch.manual_seed(0)
+    arguments = {"num_classes": CLASSES, "channels": (8, 8, 16, 16), "stem_width": 8}
+    module = timm.create_model("resnet10t", **arguments).double()
+    for child in module.modules():
+        if isinstance(child, torch.nn.BatchNorm2d):
+            child.running_mean.uniform_(-0.3, 0.3)
+            child.running_var.uniform_(0.5, 1.5)
+            torch.nn.init.uniform_(child.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(child.bias, -0.3, 0.3)
+    with torch.no_grad():
+        module.fc.weight.mul_(2.0 / module.eval()(pictures(4)[0]).std())
+    transform = {"input_size": (3, SIZE, SIZE)}
+    return Classifier(module, ModelSpec("resnet10t", False, create_args=arguments, transform=transform))
+
+
 def _lively(module: torch.nn.Module) -> torch.nn.Module:
     """Random heads start near zero; larger weights make probabilities differ."""
     for name, parameter in module.named_parameters():

@@ -1,9 +1,28 @@
 """Attribution methods, one file an idea; importing this package registers them all."""
 
-from xai_core.attribution import cam, gradients, kl_hessian
+from xai_core.attribution import (
+    ablation_cam,
+    attention,
+    cam,
+    deep_lift,
+    full_grad,
+    gradients,
+    guided_backprop,
+    hu_mcd,
+    integrated_gradients,
+    kl_hessian,
+    perturbation,
+    propagation,
+    score_cam,
+    var,
+    visual_tcav,
+)
+from xai_core.attribution.fitting import FitSamples, fit_method
 from xai_core.attribution.interface import (
+    MapsWithArrays,
     PartScores,
     attribute,
+    attribute_arrays,
     attribute_classes,
     join_scores,
     paint_parts,
@@ -12,14 +31,30 @@ from xai_core.attribution.interface import (
 )
 
 __all__ = [
+    "FitSamples",
+    "MapsWithArrays",
     "PartScores",
+    "ablation_cam",
+    "attention",
     "attribute",
+    "attribute_arrays",
     "attribute_classes",
     "cam",
+    "deep_lift",
+    "fit_method",
+    "full_grad",
     "gradients",
+    "guided_backprop",
+    "hu_mcd",
+    "integrated_gradients",
     "join_scores",
     "kl_hessian",
     "paint_parts",
+    "perturbation",
+    "propagation",
+    "score_cam",
     "score_parts",
     "upsample_map",
+    "var",
+    "visual_tcav",
 ]

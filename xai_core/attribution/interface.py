@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,17 @@ class PartScores:
     terms: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class MapsWithArrays:
+    """What a method returns instead of its maps where it hands out more.
+
+    ``maps`` are ``[B, K, h, w]``; ``arrays``, by the names of the entry's ``arrays``, ``[B, K, ...]``.
+    """
+
+    maps: Tensor
+    arrays: dict[str, Tensor]
+
+
 def attribute(
     model: Classifier,
     images: Tensor,
@@ -40,6 +51,7 @@ def attribute(
     batch_size: int = 32,
     native: bool = False,
     precision: Precision = "fp32",
+    fitted: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Pixel maps of any registered method for the target classes.
 
@@ -50,6 +62,7 @@ def attribute(
         batch_size: the most images in one pass, fewer where these do not fit in memory; it never changes a result.
         native: leave maps in the method's own resolution instead of upsampling to the input's.
         precision: arithmetic of the passes; the caller's own autocast and gradient modes have no effect.
+        fitted: what :func:`~xai_core.attribution.fit_method` returned, for a method that learns from data.
 
     Returns:
         ``[B, H, W]`` float32 (``[B, h, w]`` when ``native``), higher is more relevant.
@@ -70,8 +83,9 @@ def attribute(
             options=options,
             batch_size=batch_size,
             precision=precision,
+            fitted=fitted,
         )
-        return paint_parts(scores.score, _required_parts(entry, parts))
+        return paint_parts(scores.score, _required_parts(entry, parts)).float()
     return attribute_classes(
         model,
         images,
@@ -81,6 +95,7 @@ def attribute(
         batch_size=batch_size,
         native=native,
         precision=precision,
+        fitted=fitted,
     ).squeeze(1)
 
 
@@ -94,30 +109,87 @@ def attribute_classes(
     batch_size: int = 32,
     native: bool = False,
     precision: Precision = "fp32",
+    fitted: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Pixel maps of several classes of each image, ``[B, K, H, W]``, from shared passes.
 
     Args:
         classes: class indices ``[B, K]``; the others as in :func:`attribute`, and the same errors.
     """
+    shared: dict[str, Any] = {
+        "options": options,
+        "batch_size": batch_size,
+        "native": native,
+        "precision": precision,
+        "fitted": fitted,
+    }
+    return _maps_and_arrays(model, images, classes, method, arrays=False, **shared).maps
+
+
+def attribute_arrays(
+    model: Classifier,
+    images: Tensor,
+    targets: Tensor,
+    *,
+    method: str,
+    options: Any = None,
+    batch_size: int = 32,
+    native: bool = False,
+    precision: Precision = "fp32",
+    fitted: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pixel maps of the target classes, and what the method hands out beside them.
+
+    The maps are those of :func:`attribute`, with the same arguments and errors. Names and dimensions of the
+    arrays (each ``[B, ...]``) are what the method's entry says under ``arrays``; mostly there are none.
+    """
+    shared: dict[str, Any] = {
+        "options": options,
+        "batch_size": batch_size,
+        "native": native,
+        "precision": precision,
+        "fitted": fitted,
+    }
+    found = _maps_and_arrays(model, images, targets.view(-1, 1), method, arrays=True, **shared)
+    return found.maps.squeeze(1), {name: values.squeeze(1) for name, values in found.arrays.items()}
+
+
+def _maps_and_arrays(
+    model: Classifier,
+    images: Tensor,
+    classes: Tensor,
+    method: str,
+    *,
+    options: Any,
+    batch_size: int,
+    native: bool,
+    precision: Precision,
+    fitted: Mapping[str, Tensor] | None,
+    arrays: bool,
+) -> MapsWithArrays:
     entry = methods.get(method)
     if entry.output == "parts":
         raise UsageError(f"{method!r} scores parts: expected a method of pixel maps")
     chosen = check_request(entry, model, images, classes, options, precision)
+    learned = _learned(entry, chosen, fitted, images)
     with own_modes(precision, images.device):
         images, classes = _usable(images), _usable(classes)
-        batches = run_batches(
-            lambda rows: entry.function(model, images[rows], classes[rows], chosen, batch_size).detach(),
-            len(images),
-            batch_size,
-        )
+
+        def explain(rows: slice) -> MapsWithArrays:
+            found = entry.function(model, images[rows], classes[rows], chosen, batch_size, **learned)
+            if not isinstance(found, MapsWithArrays):
+                return MapsWithArrays(found.detach(), {})
+            return found if arrays else MapsWithArrays(found.maps, {})
+
+        batches = run_batches(explain, len(images), batch_size)
         if not batches:
-            return images.new_zeros(0, classes.shape[1], *images.shape[-2:]).float()
-        maps = torch.cat(batches).float()
-        return (
-            maps
-            if native
-            else upsample_map(maps.flatten(0, 1), images.shape[-2:], entry.upsampling).unflatten(0, maps.shape[:2])
+            return MapsWithArrays(images.new_zeros(0, classes.shape[1], *images.shape[-2:]).float(), {})
+        maps = torch.cat([one.maps for one in batches]).float()
+        if not native:
+            full = upsample_map(maps.flatten(0, 1), images.shape[-2:], entry.upsampling)
+            maps = full.unflatten(0, maps.shape[:2])
+        return MapsWithArrays(
+            maps, {name: torch.cat([one.arrays[name] for one in batches]) for name in batches[0].arrays}
         )
 
 
@@ -131,6 +203,7 @@ def score_parts(
     options: Any = None,
     batch_size: int = 32,
     precision: Precision = "fp32",
+    fitted: Mapping[str, Tensor] | None = None,
 ) -> PartScores:
     """Part scores of a registered part method: see :func:`attribute` for arguments and errors."""
     entry = methods.get(method)
@@ -138,8 +211,10 @@ def score_parts(
         raise UsageError(f"{method!r} yields pixel maps: expected a part method; average its map inside parts")
     chosen = check_request(entry, model, images, targets.view(-1, 1), options, precision)
     labels = _required_parts(entry, parts)
+    learned = _learned(entry, chosen, fitted, images)
     with own_modes(precision, images.device):
-        return entry.function(model, _usable(images), _usable(targets), _usable(labels), chosen, batch_size)
+        images, targets, labels = _usable(images), _usable(targets), _usable(labels)
+        return entry.function(model, images, targets, labels, chosen, batch_size, **learned)
 
 
 def join_scores(scores: Sequence[PartScores]) -> PartScores:
@@ -168,7 +243,8 @@ def upsample_map(maps: Tensor, size: torch.Size | tuple[int, int], rule: str | N
     """Maps ``[B, h, w]`` at another resolution by a named interpolation rule (None: they have it already)."""
     if rule is None or tuple(maps.shape[-2:]) == tuple(size):
         return maps
-    return F.interpolate(maps.unsqueeze(1), size=tuple(size), mode=rule, align_corners=False).squeeze(1)
+    corners = None if rule.startswith("nearest") else False
+    return F.interpolate(maps.unsqueeze(1), size=tuple(size), mode=rule, align_corners=corners).squeeze(1)
 
 
 def check_request(
@@ -208,24 +284,64 @@ def check_method(entry: MethodEntry, model: Classifier, options: Any, precision:
     Raises:
         UsageError: the family, a need of the method, or the precision.
     """
-    reason = _misfit(entry, model, options)
+    reason = misfit(entry, model, options)
     if reason is not None:
-        fitting = [other.name for other in methods if _misfit(other, model, other.options()) is None]
+        fitting = [other.name for other in methods if misfit(other, model, other.options()) is None]
         raise UsageError(
             f"method {entry.name!r} does not fit {model.spec.name}: {reason}; "
             f"methods that fit it: {', '.join(fitting)}"
         )
-    if precision == "bf16" and not entry.half_precision:
+    if precision == "bf16":
+        _refuse_half_precision(entry, options)
+
+
+def _refuse_half_precision(entry: MethodEntry, options: Any) -> None:
+    if not entry.half_precision:
         raise UsageError(
             f"method {entry.name!r} needs more than bf16's eight bits of precision: use fp32, or tf32 on a GPU"
         )
+    if entry.wraps is not None:
+        _refuse_half_precision(*entry.wraps(options))
 
 
-def _misfit(entry: MethodEntry, model: Classifier, options: Any) -> str | None:
+def misfit(entry: MethodEntry, model: Classifier, options: Any) -> str | None:
+    """Why a method with these options cannot explain this model, or None where it can."""
     if model.family not in entry.families:
         return f"it fits {' and '.join(entry.families)} models, and this is a {model.family}"
     reasons = (need(model, options) for need in entry.needs)
-    return next((reason for reason in reasons if reason is not None), None)
+    own = next((reason for reason in reasons if reason is not None), None)
+    if own is not None or entry.wraps is None:
+        return own
+    inner, inner_options = entry.wraps(options)
+    reason = misfit(inner, model, inner_options)
+    return None if reason is None else f"{inner.name!r}, which it is computed from, does not fit: {reason}"
+
+
+def fitting_entry(entry: MethodEntry, options: Any) -> tuple[MethodEntry, Any] | None:
+    """The method that learns from data, with its options: this one, or the one that it is computed from."""
+    if entry.fit is not None:
+        return entry, options
+    return None if entry.wraps is None else fitting_entry(*entry.wraps(options))
+
+
+def _learned(
+    entry: MethodEntry, options: Any, fitted: Mapping[str, Tensor] | None, images: Tensor
+) -> dict[str, dict[str, Tensor]]:
+    """What a method's function is given beside the rest: its fitted tensors where the images are."""
+    if fitting_entry(entry, options) is None:
+        if fitted is not None:
+            raise UsageError(f"method {entry.name!r} learns nothing from data: expected no fitted, got one")
+        return {}
+    if fitted is None:
+        raise UsageError(
+            f"method {entry.name!r} learns from data before it explains: expected fitted, got none; pass what "
+            f"fit_method(model, images, targets, method={entry.name!r}, parts=...) returns"
+        )
+    return {"fitted": {name: _beside(torch.as_tensor(values), images) for name, values in fitted.items()}}
+
+
+def _beside(tensor: Tensor, images: Tensor) -> Tensor:
+    return tensor.to(images) if tensor.is_floating_point() else tensor.to(images.device)
 
 
 def _usable(tensor: Tensor) -> Tensor:

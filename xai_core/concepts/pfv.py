@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from xai_core.errors import UsageError
-from xai_core.layers import activations_and_gradients, as_map, captured
+from xai_core.layers import activations_and_gradients, as_map, layer_problem
 from xai_core.models import Classifier
 
 # Far below the logarithm of any positive float64 (-745): a position without mass is drawn after all others.
@@ -99,14 +99,9 @@ def check_layer(model: Classifier, layer: str) -> None:
         UsageError: an unknown layer, or one that never runs, has no spatial positions, is overwritten in
             place, or whose positions influence no logit; the message names a layer to use instead.
     """
-    activation, gradient = _probe(model, layer)
-    _positions_of_one_image(model, activation, layer)
-    if not as_map(model, gradient, layer).any():
-        raise UsageError(
-            f"layer {layer!r}: expected positions that influence the logits of {model.spec.name}, got none "
-            "that does (a head that reads the class token no longer sees what becomes of the patch "
-            f"tokens after the last attention); use {_usable_layer(model)}"
-        )
+    problem = layer_problem(model, layer)
+    if problem is not None:
+        raise UsageError(problem)
 
 
 def _sample_map(
@@ -158,59 +153,3 @@ def _check_request(
             "expected images [B, 3, H, W] with a target and a seed each, got images "
             f"{tuple(images.shape)}, targets {tuple(targets.shape)} and {len(seeds)} seeds"
         )
-
-
-def _probe(model: Classifier, layer: str) -> tuple[Tensor, Tensor]:
-    """A layer's output on a random image, and the gradient of a random mixture of all logits on it."""
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, 3, *model.input_size, generator=generator).to(model.device, model.dtype)
-    mixture = torch.randn(1, model.num_classes, generator=generator).to(model.device, model.dtype)
-    with torch.enable_grad(), captured(model, [layer], with_gradient=True) as outputs:
-        logits = _logits(model, image, layer)
-        if layer not in outputs:
-            raise UsageError(
-                f"layer {layer!r}: expected a module that runs in the forward pass of {model.spec.name}, "
-                f"got one that does not; use {_usable_layer(model)}"
-            )
-        output = outputs[layer]
-        (gradient,) = torch.autograd.grad((logits * mixture).sum(), [output], allow_unused=True)
-    return output.detach(), torch.zeros_like(output) if gradient is None else gradient
-
-
-def _logits(model: Classifier, image: Tensor, layer: str) -> Tensor:
-    try:
-        return model(image)
-    except RuntimeError as error:
-        if "in-place" not in str(error):
-            raise
-        raise UsageError(
-            f"layer {layer!r}: expected an output that later layers leave as it is, got one that the next "
-            "module overwrites in place; name that next module (often the activation)"
-        ) from error
-
-
-def _positions_of_one_image(model: Classifier, activation: Tensor, layer: str) -> None:
-    """Refuses what is no map of one image: vectors, a pooled cell, attention windows, attention heads."""
-    try:
-        size = tuple(as_map(model, activation, layer).shape[-2:])
-    except UsageError as error:
-        raise UsageError(f"{error}, such as {_usable_layer(model)}") from None
-    expected = model.token_grid if model.family == "vit" else size
-    if activation.shape[0] != 1 or size != expected or size == (1, 1):
-        raise UsageError(
-            f"layer {layer!r}: expected the spatial positions of one image, got an output of shape "
-            f"{tuple(activation.shape)}; use {_usable_layer(model)}"
-        )
-
-
-def _usable_layer(model: Classifier) -> str:
-    """The last layer known to work, quoted for an error message.
-
-    On a ViT the last block's first norm is the last place where patch tokens still reach the class token.
-    """
-    stages = getattr(model.module, "feature_info", None)
-    if not stages:
-        return "an earlier layer"
-    last = stages[-1]["module"]
-    norm = f"{last}.norm1"
-    return repr(norm if model.family == "vit" and norm in dict(model.module.named_modules()) else last)

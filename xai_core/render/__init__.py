@@ -3,6 +3,7 @@
 from xai_core.render.heat_maps import heat_map, is_signed, strength
 from xai_core.render.overlays import overlay
 from xai_core.render.part_maps import part_colours, part_map, scored_parts
+from xai_core.render.shares import share_overlay
 from xai_core.render.sheet import explanation_sheet
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "part_colours",
     "part_map",
     "scored_parts",
+    "share_overlay",
     "strength",
 ]
