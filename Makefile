@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ROOMS := flows tasks xai_core storage tests benchmarks
 
-.PHONY: run test faults lint format benchmarks clean
+.PHONY: run test faults lint format docs benchmarks clean
 
 run: $(VENV)/.installed
 	$(BIN)/vitrine run
@@ -25,6 +25,10 @@ lint: $(VENV)/.installed-lint
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix $(ROOMS)
 	$(BIN)/ruff format $(ROOMS)
+
+# The generated tables of the docs: what is registered, and every method tried on every kind of network.
+docs: $(VENV)/.installed-test
+	$(BIN)/python -m flows.documentation docs/methods.md
 
 benchmarks: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks

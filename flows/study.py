@@ -132,7 +132,8 @@ def conduct(study: Study, executor: Executor, progress: Progress, *, tasks: bool
     planner = Planner(study)
     summaries = []
     try:
-        for stage in STAGES.values():
+        # A stage of which the config names nothing is not shown as one that ran.
+        for stage in (one for one in STAGES.values() if one.variants(study)):
             run = stage_task(stage) if tasks else run_stage
             summaries.append(run(stage, planner, executor, progress, book.note_keys))
     except KeyboardInterrupt:

@@ -301,7 +301,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "missing layer of a method": (
         _set("methods=[{name: grad_cam, layer: blokcs.1}]"),
-        r"methods\.0: layer 'blokcs\.1': expected a module",
+        r"methods\.0: method 'grad_cam' does not fit vitrine_demo_vit: layer 'blokcs\.1': expected a module",
     ),
     "misfitting checkpoint": (
         _set("model.checkpoint=resnet.safetensors"),
@@ -373,7 +373,9 @@ def test_bad_input_is_refused_before_any_work(
 def test_bad_input_ends_the_process_with_exit_code_2(tmp_path: Path) -> None:
     found = vitrine("run", "--store", "store", "--set", "methods=[grad_cm]", cwd=tmp_path)
     assert found.returncode == 2
-    assert found.stderr == "error: methods.0: unknown method 'grad_cm': did you mean 'grad_cam'?\n"
+    assert found.stderr == (
+        "error: methods.0: unknown method 'grad_cm': did you mean 'grad_cam' or 'xgrad_cam' or 'grad_cam_pp'?\n"
+    )
 
 
 def test_help_shows_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,8 @@ def by_path(ran: Ran) -> dict[tuple[str, str, str], float | None]:
     return {(row["path"], row["method"], row["metric"]): row["value"] for row in rows}
 
 
-def assert_same(found: dict, expected: dict, atol: float = 1e-5) -> None:
+def assert_same(found: dict, expected: dict, atol: float = 5e-5) -> None:
+    """Equal but for rounding: of two pixels that tie within it, either may come first in a curve."""
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, abs=atol), key

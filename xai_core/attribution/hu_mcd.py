@@ -93,8 +93,8 @@ def fit_hu_mcd(
 @methods.register(
     "hu_mcd",
     options=HuMcdOptions,
-    paper="Grobrügge et al. 2025, Towards Human-Understandable Multi-Dimensional Concept Discovery",
-    equation="MCD: Vielhaben et al. 2023, 3 and 8",
+    paper="Grobrügge et al. 2025, HU-MCD, after Vielhaben et al. 2023, MCD",
+    equation="3 and 8 of MCD",
     needs=(linear_head, maskable),
     output="parts",
     cost="1 forward a part",

@@ -287,10 +287,9 @@ def check_method(entry: MethodEntry, model: Classifier, options: Any, precision:
     reason = misfit(entry, model, options)
     if reason is not None:
         fitting = [other.name for other in methods if misfit(other, model, other.options()) is None]
-        raise UsageError(
-            f"method {entry.name!r} does not fit {model.spec.name}: {reason}; "
-            f"methods that fit it: {', '.join(fitting)}"
-        )
+        # Where the method itself fits, its options are to blame, and other methods are no help.
+        instead = "" if entry.name in fitting else f"; methods that fit it: {', '.join(fitting)}"
+        raise UsageError(f"method {entry.name!r} does not fit {model.spec.name}: {reason}{instead}")
     if precision == "bf16":
         _refuse_half_precision(entry, options)
 
