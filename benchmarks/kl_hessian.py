@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.matrix_rate import flops_of, matrix_rate
 from benchmarks.timing import alternate, median, row
 from xai_core.attribution import score_parts
-from xai_core.attribution.gradients import input_gradient
+from xai_core.attribution.gradients.gradient import input_gradient
 from xai_core.models import Classifier, ModelSpec, load_classifier
 from xai_core.precision import Precision, precision_context
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tests.xai_core.attribution.relu_networks import NETWORKS, relu6_mobilenet, relu_resnet, relu_vgg
 from tests.xai_core.tiny import pictures, tiny_cnn, tiny_vit
 from xai_core.attribution import attribute, attribute_classes
-from xai_core.attribution.gradients import sample_noise
+from xai_core.attribution.gradients.gradient import sample_noise
 from xai_core.models import Classifier, ModelSpec, load_classifier
 
 SMOOTH: dict[str, Callable[[], Classifier]] = {"vit": tiny_vit, "cnn": tiny_cnn}

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.xai_core.attribution.relu_networks import relu6_mobilenet, relu_resnet
 from tests.xai_core.tiny import SIZE, pictures
 from xai_core.attribution import attribute
-from xai_core.attribution.full_grad import full_gradients
+from xai_core.attribution.gradients.full_grad import full_gradients
 from xai_core.models import Classifier
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.xai_core.tiny import pictures, tiny_cnn, tiny_vit
 from xai_core.attribution import attribute
-from xai_core.attribution.gradients import sample_noise
+from xai_core.attribution.gradients.gradient import sample_noise
 from xai_core.models import Classifier
 
 MODELS = {"vit": tiny_vit, "cnn": tiny_cnn}

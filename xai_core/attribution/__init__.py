@@ -1,21 +1,14 @@
-"""Attribution methods, one file an idea; importing this package registers them all."""
+"""Attribution methods, a folder a family and a file an idea; importing this package registers them all."""
 
 from xai_core.attribution import (
-    ablation_cam,
     attention,
     cam,
-    deep_lift,
-    full_grad,
+    concept_methods,
     gradients,
-    guided_backprop,
-    hu_mcd,
-    integrated_gradients,
     kl_hessian,
     perturbation,
     propagation,
-    score_cam,
     var,
-    visual_tcav,
 )
 from xai_core.attribution.fitting import FitSamples, fit_method
 from xai_core.attribution.interface import (
@@ -34,27 +27,20 @@ __all__ = [
     "FitSamples",
     "MapsWithArrays",
     "PartScores",
-    "ablation_cam",
     "attention",
     "attribute",
     "attribute_arrays",
     "attribute_classes",
     "cam",
-    "deep_lift",
+    "concept_methods",
     "fit_method",
-    "full_grad",
     "gradients",
-    "guided_backprop",
-    "hu_mcd",
-    "integrated_gradients",
     "join_scores",
     "kl_hessian",
     "paint_parts",
     "perturbation",
     "propagation",
-    "score_cam",
     "score_parts",
     "upsample_map",
     "var",
-    "visual_tcav",
 ]

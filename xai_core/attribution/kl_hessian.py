@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xai_core.attention import explicit_attention
-from xai_core.attribution.gradients import input_gradient
+from xai_core.attribution.gradients.gradient import input_gradient
 from xai_core.attribution.interface import PartScores
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.xai_core.tiny import pictures, tiny_cnn, tiny_relu_cnn, tiny_vit
 from xai_core.attribution import attribute, attribute_classes
-from xai_core.attribution.replay import network_behind
 from xai_core.errors import UsageError
 from xai_core.layers import as_map, default_cam_layer, layer_problem
 from xai_core.models import Classifier, ModelSpec, load_classifier
+from xai_core.replay import network_behind
 
 VIT_LAYER = "blocks.1.norm1"
 # A model, the layer asked for, and the layer that this must be.

@@ -11,7 +11,7 @@ from tests.xai_core.attribution.relu_networks import NETWORKS
 from tests.xai_core.attribution.test_guided_backprop import FunctionalNetwork, functional, gated
 from tests.xai_core.tiny import CLASSES, SIZE, pictures, tiny_cnn, tiny_vit
 from xai_core.attribution import attribute, attribute_classes
-from xai_core.attribution.full_grad import full_gradients, rescaled_magnitude
+from xai_core.attribution.gradients.full_grad import full_gradients, rescaled_magnitude
 from xai_core.errors import UsageError
 from xai_core.models import Classifier, ModelSpec
 

@@ -11,8 +11,12 @@ from torch import Tensor
 
 from tests.xai_core.tiny import SIZE, pictures, quarters, tiny_cnn, tiny_vit
 from xai_core.attribution import FitSamples, attribute, attribute_classes, fit_method
-from xai_core.attribution.concept_examples import clustered_examples, crop, patch_source
-from xai_core.attribution.visual_tcav import VisualTcavOptions, concept_attributions, contraharmonic_mean
+from xai_core.attribution.concept_methods.concept_examples import clustered_examples, crop, patch_source
+from xai_core.attribution.concept_methods.visual_tcav import (
+    VisualTcavOptions,
+    concept_attributions,
+    contraharmonic_mean,
+)
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
 
@@ -131,8 +135,8 @@ def test_concept_maps_and_attributions_are_the_papers(family: str) -> None:
 
 
 def test_patches_that_no_longer_reach_the_head_have_no_gradient() -> None:
-    from xai_core.attribution.replay import network_behind
-    from xai_core.attribution.visual_tcav import _path_gradients
+    from xai_core.attribution.concept_methods.visual_tcav import _path_gradients
+    from xai_core.replay import network_behind
 
     model = tiny_vit()
     images, targets = pictures(2)
@@ -148,8 +152,8 @@ def test_patches_that_no_longer_reach_the_head_have_no_gradient() -> None:
 
 
 def test_on_a_linear_head_the_attributions_before_masking_are_complete() -> None:
-    from xai_core.attribution.replay import network_behind
-    from xai_core.attribution.visual_tcav import _path_gradients
+    from xai_core.attribution.concept_methods.visual_tcav import _path_gradients
+    from xai_core.replay import network_behind
 
     model = tiny_cnn()
     images, targets = pictures(2)

@@ -7,13 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xai_core.attribution.cam import chosen_layer, most_varied_channels, readable_layer, single_precision
-from xai_core.attribution.replay import network_behind
+from xai_core.attribution.cam.gradient_cam import (
+    chosen_layer,
+    most_varied_channels,
+    readable_layer,
+    single_precision,
+)
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
 from xai_core.layers import as_map
 from xai_core.models import Classifier
 from xai_core.registry import methods
+from xai_core.replay import network_behind
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from xai_core.attribution.interception import ELEMENTWISE_FUNCTIONS, Interception, Rule, slope, unary
-from xai_core.attribution.operations import (
+from xai_core.attribution.gradients.interception import ELEMENTWISE_FUNCTIONS, Interception, Rule, slope, unary
+from xai_core.attribution.gradients.operations import (
     listed,
     nonlinear_operations,
     once_per_model,

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xai_core.attribution.cam import CamOptions, grad_cam, readable_layer
-from xai_core.attribution.gradients import CHANNELS, Channels, check_channels
-from xai_core.attribution.interface import upsample_map
-from xai_core.attribution.operations import (
+from xai_core.attribution.cam.gradient_cam import CamOptions, grad_cam, readable_layer
+from xai_core.attribution.gradients.gradient import CHANNELS, Channels, check_channels
+from xai_core.attribution.gradients.operations import (
     MAX_POOLING,
     NORMALISATION,
     graph_nodes,
@@ -20,6 +19,7 @@ from xai_core.attribution.operations import (
     listed,
     operations_of,
 )
+from xai_core.attribution.interface import upsample_map
 from xai_core.layers import per_class
 from xai_core.models import Classifier
 from xai_core.registry import methods

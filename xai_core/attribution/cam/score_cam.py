@@ -9,13 +9,18 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from xai_core.attribution.cam import chosen_layer, most_varied_channels, readable_layer, single_precision
-from xai_core.attribution.replay import for_owners
+from xai_core.attribution.cam.gradient_cam import (
+    chosen_layer,
+    most_varied_channels,
+    readable_layer,
+    single_precision,
+)
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
 from xai_core.layers import as_map, captured
 from xai_core.models import Classifier
 from xai_core.registry import methods
+from xai_core.replay import for_owners
 
 Score = Literal["logit", "probability"]
 Weights = Literal["softmax", "increase"]

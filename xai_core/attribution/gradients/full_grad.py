@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xai_core.attribution.interception import ELEMENTWISE_FUNCTIONS, Interception, Rule, slope, unary
-from xai_core.attribution.interface import upsample_map
-from xai_core.attribution.operations import (
+from xai_core.attribution.gradients.interception import ELEMENTWISE_FUNCTIONS, Interception, Rule, slope, unary
+from xai_core.attribution.gradients.operations import (
     ELEMENTWISE,
     MAX_POOLING,
     listed,
@@ -18,6 +17,7 @@ from xai_core.attribution.operations import (
     operations_of,
     probe_image,
 )
+from xai_core.attribution.interface import upsample_map
 from xai_core.layers import per_class
 from xai_core.models import Classifier
 from xai_core.registry import methods

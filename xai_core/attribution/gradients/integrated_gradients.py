@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xai_core.attribution.gradients import input_gradients
+from xai_core.attribution.gradients.gradient import input_gradients
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
 from xai_core.metrics.baselines import Baseline, make_baseline

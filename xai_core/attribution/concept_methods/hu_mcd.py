@@ -8,9 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xai_core.attribution.concept_methods.segment_masking import (
+    head_weights,
+    linear_head,
+    maskable,
+    segment_features,
+)
 from xai_core.attribution.fitting import FitSamples
 from xai_core.attribution.interface import PartScores
-from xai_core.attribution.segment_masking import head_weights, linear_head, maskable, segment_features
 from xai_core.batching import run_batches
 from xai_core.concepts.subspaces import Subspaces, completeness, decompose, find_subspaces
 from xai_core.errors import UsageError

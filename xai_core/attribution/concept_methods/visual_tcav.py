@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from xai_core.attribution.concept_examples import (
+from xai_core.attribution.concept_methods.concept_examples import (
     Examples,
     clustered_examples,
     folder_source,
@@ -16,13 +16,13 @@ from xai_core.attribution.concept_examples import (
     patch_source,
 )
 from xai_core.attribution.fitting import FitSamples
-from xai_core.attribution.replay import Behind, network_behind
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
 from xai_core.layers import as_map, captured, per_class
 from xai_core.models import Classifier
 from xai_core.precision import full_precision
 from xai_core.registry import methods
+from xai_core.replay import Behind, network_behind
 
 
 @dataclass(frozen=True)
