@@ -18,6 +18,7 @@ BENCHMARKS = (
     ("kl_hessian", "benchmarks.kl_hessian", True),
     ("perturbation", "benchmarks.perturbation", True),
     ("precision", "benchmarks.precision", True),
+    ("gradients", "benchmarks.gradients", False),
     ("var", "benchmarks.var", True),
     ("resume", "benchmarks.resume", False),
     ("store", "benchmarks.store", False),

@@ -9,7 +9,8 @@ from sklearn.linear_model import Lasso
 from torch import Tensor
 
 from tests.xai_core.tiny import SIZE, pictures, quarters, tiny_cnn, tiny_relu_cnn, tiny_vit
-from xai_core.attribution import attribute, fit_method, score_parts, segment_masking
+from xai_core.attribution import attribute, fit_method, score_parts
+from xai_core.attribution.concept_methods import segment_masking
 from xai_core.attribution.concept_methods.hu_mcd import HuMcdOptions, segment_relevance
 from xai_core.attribution.concept_methods.segment_masking import (
     head_weights,
