@@ -16,14 +16,15 @@ from benchmarks.timing import alternate, median, row
 from xai_core.attribution import attribute
 from xai_core.models import Classifier, ModelSpec, load_classifier
 
-STEPS = 20
+STEPS = 10
+REPEATS = 3
 
 
 def run(device: str) -> None:
     """Prints the rows of this benchmark."""
     networks = ("resnet50", "vit_base_patch16_224") if device == "cuda" else ("resnet18", "deit_tiny_patch16_224")
     for name in networks:
-        compare(name, device, images=64 if device == "cuda" else 8, batch_size=64 if device == "cuda" else 32)
+        compare(name, device, images=64 if device == "cuda" else 4, batch_size=64 if device == "cuda" else 16)
 
 
 def compare(name: str, device: str, *, images: int, batch_size: int) -> None:
@@ -52,7 +53,7 @@ def compare(name: str, device: str, *, images: int, batch_size: int) -> None:
     }
     for method, (options, peer) in peers.items():
         ours = partial(_ours, model, pictures, targets, method, options, batch_size)
-        times = alternate({"ours": ours, "captum": peer}, 5, device)
+        times = alternate({"ours": ours, "captum": peer}, REPEATS, device)
         ratios = [theirs / mine for mine, theirs in zip(times["ours"], times["captum"], strict=True)]
         row(
             f"{name} {method} batch={batch_size}",

@@ -86,3 +86,32 @@ def test_a_gpus_arithmetic_on_the_cpu_is_refused(check: Check) -> None:
 def test_a_backbone_that_cannot_be_built_is_refused_by_its_key(check: Check) -> None:
     with pytest.raises(UsageError, match=r"unknown timm model 'vitrine_demo_vti'"):
         check(parts={"backbone": {"name": "vitrine_demo_vti"}})
+
+
+def test_a_method_that_the_network_does_not_fit_is_refused_with_those_that_fit(check: Check) -> None:
+    with pytest.raises(
+        UsageError, match=r"methods\.1: method 'attention_rollout' does not fit .*_resnet"
+    ) as refusal:
+        check(
+            model={"name": "vitrine_demo_resnet"},
+            methods=["grad_cam", "attention_rollout"],
+            concepts={"layers": []},
+        )
+    assert "it fits vit models, and this is a cnn" in str(refusal.value)
+    assert "methods that fit it: ablation_cam, " in str(refusal.value)
+    assert "token_tm" not in str(refusal.value)
+
+
+def test_a_layer_without_places_is_refused_with_one_to_use(check: Check) -> None:
+    with pytest.raises(UsageError, match=r"methods\.0: .*layer 'head'.*spatial positions"):
+        check(methods=[{"name": "layer_cam", "layer": "head"}])
+
+
+def test_a_method_that_needs_precision_is_refused_under_bf16(check: Check) -> None:
+    with pytest.raises(UsageError, match=r"methods\.0: method 'lrp_epsilon' needs more than bf16's"):
+        check(
+            model={"name": "vitrine_demo_resnet"},
+            methods=["lrp_epsilon"],
+            concepts={"layers": []},
+            run={"precision": "bf16"},
+        )
