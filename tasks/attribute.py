@@ -167,7 +167,7 @@ def upstream(study: Study, variant: str) -> tuple[tuple[str, str], ...]:
 
 STAGE = Stage(
     name="attribute",
-    version=2,
+    version=3,
     run=run,
     reads=lambda study, variant: {
         **next(choice.model_dump(mode="json") for choice in study.config.methods if choice.id == variant),

@@ -15,7 +15,7 @@ from tasks import report_data
 from tasks.leaderboard import standings
 from tasks.report_curves import mean_curves
 from tasks.report_data import Committed
-from tasks.report_figures import curve_charts, legend
+from tasks.report_figures import MOST_BANDS, curve_charts, legend
 from tasks.report_gallery import gallery
 from tasks.report_leaderboard import leaderboard_columns, verdict
 from tasks.stage import Context, Outcome, Stage
@@ -50,6 +50,7 @@ def render(context: Context) -> str:
         columns=leaderboard_columns(rows, [entry.method for entry in entries]),
         verdict=verdict(rows),
         legend=entries,
+        most_bands=MOST_BANDS,
         charts=charts,
         figures=_script_json([json.loads(chart.json) for chart in charts]),
         plotly=_plotly() if charts else "",
@@ -125,7 +126,7 @@ def everything(study: Study, variant: str) -> tuple[tuple[str, str], ...]:
 
 STAGE = Stage(
     name="report",
-    version=1,
+    version=2,
     run=run,
     reads=lambda study, variant: {"run_id": study.run_id},
     upstream=everything,

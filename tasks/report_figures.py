@@ -11,6 +11,8 @@ from tasks.report_curves import GRID, MeanCurve
 
 # Okabe and Ito's palette, without its yellow, which is too pale on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6bd6", "#8c8c8c")
+# The bands of more methods than this cover each other.
+MOST_BANDS = 6
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 TITLES = {
@@ -64,7 +66,8 @@ def _chart(name: str, curves: list[MeanCurve], line_of: dict[str, LegendEntry], 
 
     figure = graph_objects.Figure(layout=_layout(top, parts=name.startswith("part_")))
     for one in curves:
-        figure.add_traces(_traces(one, line_of[one.method]))
+        mean, band = _mean(one, line_of[one.method]), _band(one, line_of[one.method])
+        figure.add_traces([band, mean] if len(curves) <= MOST_BANDS else [mean])
     stem, _, variant = name.partition("[")
     title, subtitle, better = TITLES.get(stem, (stem, "", ""))
     ends = "; ".join(
@@ -81,12 +84,12 @@ def _chart(name: str, curves: list[MeanCurve], line_of: dict[str, LegendEntry], 
     )
 
 
-def _traces(curve: MeanCurve, line: LegendEntry) -> list[object]:
+def _band(curve: MeanCurve, line: LegendEntry) -> object:
     from plotly import graph_objects
 
     low = np.clip(curve.mean - curve.margin, 0.0, 1.0)
     high = np.clip(curve.mean + curve.margin, 0.0, 1.0)
-    band = graph_objects.Scatter(
+    return graph_objects.Scatter(
         x=[*_rounded(GRID), *_rounded(GRID[::-1])],
         y=[*_rounded(high), *_rounded(low[::-1])],
         fill="toself",
@@ -95,7 +98,12 @@ def _traces(curve: MeanCurve, line: LegendEntry) -> list[object]:
         hoverinfo="skip",
         showlegend=False,
     )
-    mean = graph_objects.Scatter(
+
+
+def _mean(curve: MeanCurve, line: LegendEntry) -> object:
+    from plotly import graph_objects
+
+    return graph_objects.Scatter(
         x=_rounded(GRID),
         y=_rounded(curve.mean),
         mode="lines",
@@ -105,7 +113,6 @@ def _traces(curve: MeanCurve, line: LegendEntry) -> list[object]:
         hovertemplate="%{y:.3f}",
         showlegend=False,
     )
-    return [band, mean]
 
 
 def _layout(top: float, *, parts: bool) -> dict[str, object]:
