@@ -1,9 +1,9 @@
 """The CAM family against pytorch-grad-cam on the same pictures, classes and layer, with the same maps.
 
 The peer gets a batch of pictures for Grad-CAM, with parameters frozen as ours are; Score-CAM and Ablation-CAM
-at its default batch size, at ours and at a smaller one, whichever is the fastest. Memory is the growth of the
-process's peak during one call, in a process of its own. ``bare forwards``: the time of a forward a channel,
-in the usual layout and the peer's default batch size, over our time and the peer's.
+at its default batch size or a smaller one, whichever is the faster; Ablation-CAM at ours. Memory is the
+growth of the process's peak during one call, in a process of its own. ``bare forwards``: the time of a forward
+a channel, in the usual layout and the peer's default batch size, over our time and the peer's.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def run(device: str) -> None:
         for method, images in (("grad_cam", 8), ("ablation_cam", 1), ("score_cam", 1)):
             # pytorch-grad-cam ablates signed maps with another value than zero: another method.
             if method != "ablation_cam" or default_cam_layer(build(name, device)) is None:
-                compare(Case(name, layer, method, images), device)
+                compare(Case(name, layer, method, images, 1 if method == "score_cam" else 3), device)
 
 
 def compare(case: Case, device: str) -> None:
     """One row: our images a second over the peer's, the least correlation of the maps, and peak memory."""
     model = build(case.name, device)
     pictures, targets = inputs(model, case.images, device)
-    sizes = {"grad_cam": (case.images,), "ablation_cam": (BATCH,), "score_cam": (4, 16, BATCH)}[case.method]
+    sizes = {"grad_cam": (case.images,), "ablation_cam": (BATCH,), "score_cam": (4, 16)}[case.method]
     functions: dict[str, Callable[[], Any]] = {"ours": partial(ours, model, case, pictures, targets)}
     functions |= {f"peer{size}": partial(peers, model, case, pictures, targets, size) for size in sizes}
     maps = [functions[name]().flatten(1).double() for name in ("ours", f"peer{sizes[0]}")]
