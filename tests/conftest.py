@@ -23,6 +23,11 @@ REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that are short of memory come first, while the heap holds nothing that was freed."""
+    items.sort(key=lambda item: item.get_closest_marker("short_of_memory") is None)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real images and models beside the checkout."""

@@ -14,6 +14,8 @@ import torch
 MIB = 2**20
 STATUS = Path("/proc/self/status")
 needs_limits = pytest.mark.skipif(not STATUS.exists(), reason="needs Linux: limits are set from /proc/self/status")
+# Such tests run before all others (tests/conftest.py): what a process freed stays in its heap, out of the limit.
+short_of_memory = pytest.mark.short_of_memory
 
 
 @contextmanager

@@ -61,7 +61,7 @@ class MethodEntry(Entry):
     wraps: Callable[[Any], tuple[MethodEntry, Any]] | None = None
     # What a method learns from data before it explains: ``(model, samples, options, batch_size, seed)`` to named
     # tensors, which its function takes as ``fitted``. Its options have ``fit_images``, how many a study gives it;
-    # where a user can bring pictures of his own, ``concepts``, their folder, and ``examples``, the most of each.
+    # where users can bring pictures of their own, ``concepts``, their folder, and ``examples``, the most of each.
     fit: Callable[..., Any] | None = None
 
 

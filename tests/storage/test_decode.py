@@ -14,7 +14,7 @@ from storage.errors import SourceError
 from storage.sources import decode_image
 from storage.sources.decode import upright_size
 from tests.conftest import picture
-from tests.memory import MIB, memory_left, needs_limits
+from tests.memory import MIB, memory_left, needs_limits, short_of_memory
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -176,6 +176,7 @@ def test_the_first_frame_of_an_animation_is_the_picture() -> None:
 
 
 @needs_limits
+@short_of_memory
 @pytest.mark.parametrize("mode", ["RGB", "1"])
 def test_a_picture_without_room_for_it_is_not_called_broken(mode: str) -> None:
     """Its pixels do not fit (RGB), or only once they are three bytes each."""

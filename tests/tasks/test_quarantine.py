@@ -20,10 +20,10 @@ from tasks.study import Study
 from tasks.worker import classifier
 from tests.conftest import Quiet, Ran, SerialExecutor, config_with
 from tests.flows.command import call
-from tests.memory import Meal, needs_limits
+from tests.memory import Meal, needs_limits, short_of_memory
 from tests.tasks.odd import MARKS, odd_methods, write_picture
 
-pytestmark = needs_limits
+pytestmark = [needs_limits, short_of_memory]
 
 METHODS = ["grad_cam", "kl_hessian", "odd_map", "odd_parts"]
 STUDY: dict[str, Any] = {
