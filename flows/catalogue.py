@@ -17,7 +17,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "parts": parsers,
     "extractors": extractors,
 }
-HIDDEN = ("function", "trajectories", "options", "arrays", "wraps", "fit")
+HIDDEN = ("function", "options", "arrays", "wraps", "fit")
 
 
 def catalogue(kind: str, pattern: str | None = None) -> list[dict[str, Any]]:

@@ -17,9 +17,9 @@ from tasks.worker import classifier, resolve_device
 from xai_core.attribution import attribute, paint_parts, score_parts
 from xai_core.attribution.interface import check_method, fitting_entry
 from xai_core.errors import UsageError
-from xai_core.metrics.evaluate import mean_inside_parts
 from xai_core.models import Classifier
 from xai_core.parts import parse_parts
+from xai_core.parts.labels import mean_inside_parts
 from xai_core.precision import precision_context
 from xai_core.registry import methods, parsers
 

@@ -194,6 +194,8 @@ def _info_tables(config: StudyConfig) -> dict[str, list[dict[str, Any]]]:
                 "higher_is_better": entry.higher_is_better,
                 "lower_bound": entry.bounds[0],
                 "upper_bound": entry.bounds[1],
+                "unit": entry.unit,
+                "family": entry.family,
                 "definition": entry.definition,
                 "undefined": entry.undefined,
                 "paper": entry.paper,

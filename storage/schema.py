@@ -72,7 +72,9 @@ TABLES: dict[str, pa.Schema] = {
             ),
         ]
     ),
-    "metrics": pa.schema([_ID, *_fields(method=pa.string(), metric=pa.string(), value=pa.float64())]),
+    "metrics": pa.schema(
+        [_ID, *_fields(method=pa.string(), metric=pa.string(), value=pa.float64(), reason=pa.string())]
+    ),
     "curves": pa.schema(
         [
             _ID,
@@ -149,6 +151,8 @@ METRIC_INFO = pa.schema(
         higher_is_better=pa.bool_(),
         lower_bound=pa.float64(),
         upper_bound=pa.float64(),
+        unit=pa.string(),
+        family=pa.string(),
         definition=pa.string(),
         undefined=pa.string(),
         paper=pa.string(),

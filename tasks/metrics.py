@@ -7,16 +7,18 @@ import torch
 from torch import Tensor
 
 from storage.schema import rows_to_table
+from tasks.concept_fit import fit_of, read_fitted
 from tasks.config import options_of
 from tasks.labels import images_with_map, images_with_parts, read_maps, read_part_labels
 from tasks.stage import Context, Outcome, Stage
 from tasks.targets import predicted_pictures, read_targets
 from tasks.worker import Pictures, study_classifier
+from xai_core.attribution.explainer import Explainer
 from xai_core.batching import Batches, try_batches
 from xai_core.errors import ImageError, NotFinite
-from xai_core.metrics import Evaluation, evaluate, join_evaluations
+from xai_core.metrics import Evaluation, Evidence, evaluate, join_evaluations
 from xai_core.precision import precision_context
-from xai_core.registry import metrics
+from xai_core.registry import methods, metrics
 
 
 def run(context: Context) -> Outcome:
@@ -50,21 +52,32 @@ def _evaluate(context: Context, method: str, pictures: Pictures) -> Batches[Eval
     maps, labels = read_maps(context, method, pictures), read_part_labels(context, pictures)
     scores = _part_scores(context, method, pictures.image_ids)
     chosen = [(metrics.get(choice.name), options_of(metrics, choice)) for choice in config.metrics]
+    explainer = _explainer(context, method)
     with precision_context(config.run.precision, context.device):
         return try_batches(
             lambda rows: evaluate(
-                model,
-                pictures.inputs[rows],
-                targets[rows],
-                maps[rows],
-                labels[rows],
+                Evidence(
+                    model,
+                    pictures.inputs[rows],
+                    targets[rows],
+                    maps[rows],
+                    parts=labels[rows],
+                    part_scores=None if scores is None else scores[rows],
+                    explainer=explainer,
+                    batch_size=config.run.batch_size,
+                ),
                 chosen,
-                part_scores=None if scores is None else scores[rows],
-                batch_size=config.run.batch_size,
             ),
             len(pictures),
             len(pictures),
         )
+
+
+def _explainer(context: Context, method: str) -> Explainer:
+    """The method as it made the maps, for the metrics that ask it again."""
+    choice = next(one for one in context.config.methods if one.id == method)
+    run = context.config.run
+    return Explainer(choice.name, options_of(methods, choice), read_fitted(context), run.batch_size, run.precision)
 
 
 def _broken(evaluation: Evaluation) -> dict[int, ImageError]:
@@ -109,6 +122,7 @@ def _metric_rows(  # type: ignore[no-untyped-def]
             "method": [method] * len(values),
             "metric": [name for name in evaluation.values for _ in range(count)],
             "value": [None if value != value else value for value in values],
+            "reason": [told[position] for told in evaluation.reasons.values() for position in positions],
         },
     )
 
@@ -141,7 +155,7 @@ def _curve_rows(  # type: ignore[no-untyped-def]
 
 STAGE = Stage(
     name="metrics",
-    version=2,
+    version=3,
     run=run,
     reads=lambda study, variant: {
         "metrics": [choice.model_dump(mode="json") for choice in study.config.metrics],
@@ -152,6 +166,7 @@ STAGE = Stage(
         ("predict", ""),
         ("parts", ""),
         ("attribute", variant),
+        *((("fit", fit),) if (fit := fit_of(study.config, variant)) is not None else ()),
     ),
     variants=lambda study: tuple(choice.id for choice in study.config.methods) if study.config.metrics else (),
     summary="measures every explanation",

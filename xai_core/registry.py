@@ -65,16 +65,26 @@ class MethodEntry(Entry):
     fit: Callable[..., Any] | None = None
 
 
+Need = Literal["parts", "mask", "effects", "explainer"]
+
+
 @dataclass(frozen=True)
 class MetricEntry(Entry):
-    """A metric: its exact definition, its direction and bounds are data, not prose."""
+    """A metric: its exact definition, its direction and bounds are data, not prose.
+
+    Its function takes the evidence and the options and gives what it measured. ``needs`` name what it reads beside
+    the map; ``undefined`` says when an image has no value; ``cost`` counts forward-equivalents an image.
+    """
 
     definition: str = ""
+    family: str = ""
     higher_is_better: bool = True
-    bounds: tuple[float, float] = (0.0, 1.0)
+    # None where there is no bound.
+    bounds: tuple[float | None, float | None] = (0.0, 1.0)
+    unit: str = ""
     undefined: str = ""
-    # The trajectories whose probabilities the metric is computed from, given its options.
-    trajectories: Callable[[Any], tuple[Any, ...]] = field(default=lambda options: ())
+    needs: tuple[Need, ...] = ()
+    cost: str = ""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,9 @@ def metric_rows(run_id: str, images: int = IMAGES) -> Rows:
 def commit(store: Store, stage: str, salt: str, table: str, rows: Rows) -> tuple[Unit, str]:
     unit, ingredients = Unit(stage), {"stage": stage, "salt": salt}
     writing = store.begin(unit, key_of(ingredients), ingredients)
-    writing.table(table, rows_to_table(table, {name: [row[name] for row in rows] for name in TABLES[table].names}))
+    writing.table(
+        table, rows_to_table(table, {name: [row.get(name) for row in rows] for name in TABLES[table].names})
+    )
     writing.finish({"images": len(rows), "ok": len(rows), "quarantined": 0})
     return unit, key_of(ingredients)
 

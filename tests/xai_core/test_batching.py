@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from tests.memory import MIB, Meal, memory_left, needs_limits, short_of_memory
+from tests.xai_core.measuring import evaluate
 from tests.xai_core.tiny import pictures, quarters, tiny_cnn, tiny_vit
 from xai_core.attribution import PartScores, attribute, join_scores, score_parts
 from xai_core.batching import Batches, is_out_of_memory, join_rows, run_batches, run_smaller, try_batches
 from xai_core.concepts import sample_pfvs
 from xai_core.errors import NotFinite, OutOfMemory
-from xai_core.metrics import evaluate, join_evaluations
+from xai_core.metrics import join_evaluations
 from xai_core.parts import parse_parts
 from xai_core.registry import build_options, metrics
 

@@ -1,7 +1,22 @@
 """Metrics of explanations, one exact definition each; importing this package registers them all."""
 
-from xai_core.metrics import curves
+from xai_core.baselines import Baseline
 from xai_core.metrics.evaluate import Evaluation, evaluate, join_evaluations
-from xai_core.metrics.trajectory import Baseline, Curve, Trajectory
+from xai_core.metrics.evidence import Evidence
+from xai_core.metrics.measured import Measured
+from xai_core.metrics.perturbation import curves
+from xai_core.metrics.perturbation.trajectory import Curve, Trajectory
+from xai_core.metrics.truth import Truth
 
-__all__ = ["Baseline", "Curve", "Evaluation", "Trajectory", "curves", "evaluate", "join_evaluations"]
+__all__ = [
+    "Baseline",
+    "Curve",
+    "Evaluation",
+    "Evidence",
+    "Measured",
+    "Trajectory",
+    "Truth",
+    "curves",
+    "evaluate",
+    "join_evaluations",
+]

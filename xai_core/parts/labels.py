@@ -59,6 +59,24 @@ def part_areas(labels: Tensor, count: int) -> Tensor:
     return areas.scatter_add_(1, flat, torch.ones_like(flat))[:, :count]
 
 
+def mean_inside_parts(maps: Tensor, parts: Tensor) -> Tensor:
+    """Part scores of a pixel map: its mean inside each part (KL-Hessian eq. 14).
+
+    Args:
+        maps: ``[B, H, W]``; parts: labels ``[B, H, W]``, 255 where there is no part.
+
+    Returns:
+        ``[B, K]`` float64, NaN where an image has no such part.
+    """
+    labels = parts.flatten(1).long()
+    table = torch.zeros(len(maps), 256, dtype=torch.float64, device=maps.device)
+    total = table.scatter_add(1, labels, maps.flatten(1).double())
+    area = table.scatter_add(1, labels, torch.ones_like(labels, dtype=torch.float64))
+    present = (area[:, :255] > 0).any(dim=0).nonzero()
+    count = int(present.max()) + 1 if len(present) else 0
+    return total[:, :count] / torch.where(area[:, :count] > 0, area[:, :count], torch.nan)
+
+
 def part_boxes(labels: Tensor, count: int) -> Tensor:
     """Boxes around the parts 0 .. ``count`` - 1 of each image, in pixels with exclusive ends.
 

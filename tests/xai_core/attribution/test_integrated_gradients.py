@@ -9,7 +9,7 @@ import torch
 from tests.xai_core.tiny import CLASSES, pictures, tiny_cnn, tiny_vit
 from xai_core.attribution import attribute, attribute_classes
 from xai_core.attribution.gradients.integrated_gradients import path_rule
-from xai_core.metrics.baselines import gaussian_blur
+from xai_core.baselines import gaussian_blur
 
 MODELS = {"vit": tiny_vit, "cnn": tiny_cnn}
 

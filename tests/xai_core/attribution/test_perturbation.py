@@ -11,8 +11,8 @@ from tests.xai_core.tiny import CLASSES, SIZE, pictures, quarters, tiny_cnn, tin
 from xai_core.attribution import attribute, attribute_classes, score_parts
 from xai_core.attribution.perturbation.occlusion import OcclusionOptions, covered
 from xai_core.attribution.perturbation.rise import RiseOptions, SmallMasks
+from xai_core.baselines import gaussian_blur
 from xai_core.errors import UsageError
-from xai_core.metrics.baselines import gaussian_blur
 from xai_core.models import Classifier
 from xai_core.registry import build_options, methods
 

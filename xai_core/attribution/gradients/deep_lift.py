@@ -24,9 +24,9 @@ from xai_core.attribution.gradients.operations import (
     operations_of,
     probe_image,
 )
+from xai_core.baselines import Baseline, make_baseline
 from xai_core.errors import UsageError
 from xai_core.layers import per_class
-from xai_core.metrics.baselines import Baseline, make_baseline
 from xai_core.models import Classifier
 from xai_core.registry import methods
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from xai_core.attribution.gradients.gradient import input_gradients
+from xai_core.baselines import Baseline, make_baseline
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
-from xai_core.metrics.baselines import Baseline, make_baseline
 from xai_core.models import Classifier
 from xai_core.registry import methods
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from xai_core.baselines import Baseline, make_baseline
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
-from xai_core.metrics.baselines import Baseline, make_baseline
 from xai_core.models import Classifier
 
 MaskBaseline = Literal["mean", "black", "blur"]

@@ -12,20 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.xai_core.measuring import chosen, evaluate
 from tests.xai_core.tiny import SIZE, pictures, quarters, tiny_cnn, tiny_vit
+from xai_core.baselines import Baseline, gaussian_blur, make_baseline
 from xai_core.errors import UsageError
-from xai_core.metrics import Evaluation, evaluate
-from xai_core.metrics.baselines import Baseline, gaussian_blur, make_baseline
-from xai_core.metrics.evaluate import mean_inside_parts
-from xai_core.metrics.trajectory import rank_parts, rank_pixels, removed_pixels
+from xai_core.metrics import Evaluation
+from xai_core.metrics.perturbation.trajectory import rank_parts, rank_pixels, removed_pixels
 from xai_core.models import Classifier
-from xai_core.registry import build_options, metrics
+from xai_core.parts.labels import mean_inside_parts
 
 STEPS = 10
-
-
-def chosen(*names: str, **options: object) -> list:
-    return [(metrics.get(name), build_options(metrics.get(name), options)) for name in names]
 
 
 ALL = [
@@ -173,6 +169,9 @@ def test_constant_and_broken_maps_are_undefined(model: Classifier) -> None:
         assert not values[0].isnan(), name
         assert values[1].isnan(), name
         assert values[2].isnan(), name
+        assert result.reasons[name][0] is None
+        assert result.reasons[name][1] in ("the map is constant", "all parts score the same")
+        assert result.reasons[name][2] == "the map is not finite"
     assert result.curves[f"deletion[steps={STEPS}]"].prob[1].isnan().all()
 
 
@@ -271,4 +270,5 @@ def test_ids_carry_the_variant(model: Classifier) -> None:
     wanted = chosen("deletion", baseline="black", steps=5) + chosen("deletion", steps=5)
     result: Evaluation = evaluate(model, images, targets, maps_of(1), quarters(1), wanted)
     assert list(result.values) == ["deletion[baseline=black,steps=5]", "deletion[steps=5]"]
+    assert set(result.reasons["deletion[steps=5]"]) == {None}
     assert set(result.curves) == {"deletion[black,steps=5]", "deletion[steps=5]"}

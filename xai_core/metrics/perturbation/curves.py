@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from xai_core.baselines import Baseline, BaselineKind
 from xai_core.errors import UsageError
-from xai_core.metrics.baselines import Baseline, BaselineKind
-from xai_core.metrics.trajectory import Curve, Trajectory
+from xai_core.metrics.evidence import Evidence
+from xai_core.metrics.measured import Measured
+from xai_core.metrics.perturbation.trajectory import Curve, Trajectory
 from xai_core.registry import metrics
-
-Curves = dict[Trajectory, Curve]
 
 NULL_PIXELS = "null where the map is constant or not finite: it ranks nothing"
 NULL_PARTS = "null where fewer than two parts exist or all parts score the same: nothing is ranked"
@@ -50,24 +52,29 @@ class CurveOptions(PartCurveOptions):
             raise UsageError(f"steps: expected at least 1, got {self.steps}")
 
 
-def pixel_insertion(options: CurveOptions) -> tuple[Trajectory, ...]:
+def pixel_insertion(options: CurveOptions) -> Trajectory:
     """Reveal pixels of the image over the baseline, most relevant first."""
-    return (Trajectory("baseline", "pixels", options.named_baseline, options.steps),)
+    return Trajectory("baseline", "pixels", options.named_baseline, options.steps)
 
 
-def pixel_deletion(options: CurveOptions) -> tuple[Trajectory, ...]:
+def pixel_deletion(options: CurveOptions) -> Trajectory:
     """Replace pixels of the image by the baseline, most relevant first."""
-    return (Trajectory("image", "pixels", options.named_baseline, options.steps),)
+    return Trajectory("image", "pixels", options.named_baseline, options.steps)
 
 
-def part_insertion(options: PartCurveOptions) -> tuple[Trajectory, ...]:
+def part_insertion(options: PartCurveOptions) -> Trajectory:
     """Reveal whole parts over the baseline, highest score first."""
-    return (Trajectory("baseline", "parts", options.named_baseline),)
+    return Trajectory("baseline", "parts", options.named_baseline)
 
 
-def part_deletion(options: PartCurveOptions) -> tuple[Trajectory, ...]:
+def part_deletion(options: PartCurveOptions) -> Trajectory:
     """Replace whole parts by the baseline, highest score first."""
-    return (Trajectory("image", "parts", options.named_baseline),)
+    return Trajectory("image", "parts", options.named_baseline)
+
+
+def _measured(evidence: Evidence, trajectory: Trajectory, read: Callable[[Curve], Tensor]) -> Measured:
+    """What is read off a trajectory's curve, undefined where its ranking means nothing."""
+    return Measured(read(evidence.curve(trajectory)), evidence.unranked(trajectory.unit))
 
 
 def area(curve: Curve) -> Tensor:
@@ -88,97 +95,101 @@ def mean_drop(curve: Curve, *, absolute: bool) -> Tensor:
     "insertion",
     options=CurveOptions,
     paper="Petsiuk et al. 2018, RISE; KL-Hessian 5.1.1",
+    family="perturbation",
     definition="area under p(target) while pixels are revealed over the baseline, most relevant first, in T "
     "equal steps; x is the fraction of pixels; trapezoid with both ends",
     higher_is_better=True,
+    unit="probability",
     undefined=NULL_PIXELS,
-    trajectories=pixel_insertion,
+    cost="T",
 )
-def insertion(curves: Curves, options: CurveOptions) -> Tensor:
+def insertion(evidence: Evidence, options: CurveOptions) -> Measured:
     """Insertion: area under the curve of revealed pixels."""
-    return area(curves[pixel_insertion(options)[0]])
+    return _measured(evidence, pixel_insertion(options), area)
 
 
 @metrics.register(
     "deletion",
     options=CurveOptions,
     paper="Petsiuk et al. 2018, RISE; KL-Hessian 5.1.1",
+    family="perturbation",
     definition="area under p(target) while pixels are replaced by the baseline, most relevant first, in T "
     "equal steps; x is the fraction of pixels; trapezoid with both ends",
     higher_is_better=False,
+    unit="probability",
     undefined=NULL_PIXELS,
-    trajectories=pixel_deletion,
+    cost="T",
 )
-def deletion(curves: Curves, options: CurveOptions) -> Tensor:
+def deletion(evidence: Evidence, options: CurveOptions) -> Measured:
     """Deletion: area under the curve of replaced pixels."""
-    return area(curves[pixel_deletion(options)[0]])
+    return _measured(evidence, pixel_deletion(options), area)
 
 
 @metrics.register(
     "aopc",
     options=CurveOptions,
     paper="Samek et al. 2017, eq. 12; KL-Hessian 5.1.1",
+    family="perturbation",
     definition="mean over steps 1..T of p(x) - p(x_t) on the deletion trajectory",
     higher_is_better=True,
     bounds=(-1.0, 1.0),
+    unit="probability",
     undefined=NULL_PIXELS,
-    trajectories=pixel_deletion,
+    cost="T",
 )
-def aopc(curves: Curves, options: CurveOptions) -> Tensor:
+def aopc(evidence: Evidence, options: CurveOptions) -> Measured:
     """AOPC: mean drop of the target's probability along deletion."""
-    return mean_drop(curves[pixel_deletion(options)[0]], absolute=False)
+    return _measured(evidence, pixel_deletion(options), partial(mean_drop, absolute=False))
 
 
 @metrics.register(
     "p_insertion",
     options=PartCurveOptions,
     paper="KL-Hessian eq. 12",
+    family="perturbation",
+    needs=("parts",),
     definition="as insertion, whole parts in K steps by their score; a pixel map scores a part by its mean "
     "inside it (eq. 14); pixels outside all parts go with the last",
     higher_is_better=True,
+    unit="probability",
     undefined=NULL_PARTS,
-    trajectories=part_insertion,
+    cost="K",
 )
-def p_insertion(curves: Curves, options: PartCurveOptions) -> Tensor:
+def p_insertion(evidence: Evidence, options: PartCurveOptions) -> Measured:
     """P-Ins: area under the curve of revealed parts."""
-    return area(curves[part_insertion(options)[0]])
+    return _measured(evidence, part_insertion(options), area)
 
 
 @metrics.register(
     "p_deletion",
     options=PartCurveOptions,
     paper="KL-Hessian eq. 12",
+    family="perturbation",
+    needs=("parts",),
     definition="as deletion, whole parts in K steps by their score; a pixel map scores a part by its mean "
     "inside it (eq. 14); pixels outside all parts go with the last",
     higher_is_better=False,
+    unit="probability",
     undefined=NULL_PARTS,
-    trajectories=part_deletion,
+    cost="K",
 )
-def p_deletion(curves: Curves, options: PartCurveOptions) -> Tensor:
+def p_deletion(evidence: Evidence, options: PartCurveOptions) -> Measured:
     """P-Del: area under the curve of replaced parts."""
-    return area(curves[part_deletion(options)[0]])
+    return _measured(evidence, part_deletion(options), area)
 
 
 @metrics.register(
     "p_aopc",
     options=PartCurveOptions,
     paper="KL-Hessian eq. 13",
+    family="perturbation",
+    needs=("parts",),
     definition="mean over steps 1..K of |p(x) - p(x_k)| on the part deletion trajectory",
     higher_is_better=True,
+    unit="probability",
     undefined=NULL_PARTS,
-    trajectories=part_deletion,
+    cost="K",
 )
-def p_aopc(curves: Curves, options: PartCurveOptions) -> Tensor:
+def p_aopc(evidence: Evidence, options: PartCurveOptions) -> Measured:
     """P-AOPC: mean absolute change of the target's probability along part deletion."""
-    return mean_drop(curves[part_deletion(options)[0]], absolute=True)
-
-
-def defined(trajectory: Trajectory, maps: Tensor, scores: Tensor) -> Tensor:
-    """Where a trajectory's ranking means something, ``[B]``: from maps ``[B, H, W]`` and scores ``[B, K]``."""
-    values = maps.flatten(1) if trajectory.unit == "pixels" else scores
-    finite = torch.isfinite(maps.flatten(1)).all(dim=1)
-    if not values.shape[1]:
-        return torch.zeros_like(finite)
-    highest = values.nan_to_num(-torch.inf).amax(dim=1)
-    lowest = values.nan_to_num(torch.inf).amin(dim=1)
-    return finite & (highest > lowest)
+    return _measured(evidence, part_deletion(options), partial(mean_drop, absolute=True))

@@ -7,15 +7,14 @@ pairs; the clean image and the full baseline are shared by all trajectories.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from xai_core.batching import run_batches
-from xai_core.metrics.baselines import Baseline, make_baseline
-from xai_core.models import Classifier
+from xai_core.baselines import Baseline
 from xai_core.parts.labels import NO_PART
 
 
@@ -99,73 +98,36 @@ def removed_pixels(pixels: int, steps: int) -> Tensor:
 
 
 def follow(
-    model: Classifier,
-    images: Tensor,
-    targets: Tensor,
-    rankings: dict[str, Rankings],
-    trajectories: list[Trajectory],
-    batch_size: int,
-) -> dict[Trajectory, Curve]:
-    """The curves of some trajectories; ``rankings`` by unit (``pixels``, ``parts``).
-
-    Args:
-        images: ``[B, 3, H, W]``; targets: ``[B]``; batch_size: the most images in one forward, fewer where
-            these do not fit in memory.
-    """
-    baselines = {
-        baseline: make_baseline(baseline, model, images)
-        for baseline in dict.fromkeys(one.baseline for one in trajectories)
-    }
-    clean = _probabilities(model, images, targets, batch_size)
-    ends = {
-        baseline: _probabilities(model, replaced, targets, batch_size) for baseline, replaced in baselines.items()
-    }
-    curves = {}
-    for trajectory in trajectories:
-        first, last = clean, ends[trajectory.baseline]
-        if trajectory.start == "baseline":
-            first, last = last, first
-        curves[trajectory] = _curve(
-            model,
-            images,
-            baselines[trajectory.baseline],
-            targets,
-            rankings,
-            trajectory,
-            first,
-            last,
-            batch_size,
-        )
-    return curves
-
-
-def _curve(
-    model: Classifier,
+    probability: Callable[[Callable[[slice], Tensor], Tensor], Tensor],
     images: Tensor,
     baseline: Tensor,
-    targets: Tensor,
-    rankings: dict[str, Rankings],
+    ranking: Rankings,
     trajectory: Trajectory,
-    first: Tensor,
-    last: Tensor,
-    batch_size: int,
+    clean: Tensor,
+    replaced: Tensor,
 ) -> Curve:
-    ranking = rankings[trajectory.unit]
+    """The curve of one trajectory, all (image, step) pairs in one flat list.
+
+    Args:
+        probability: the target's probability on perturbed images: ``(build, owner) -> [n]``, where ``build`` gives
+            the images of some rows and ``owner`` ``[n]`` says which image each comes from.
+        images, baseline: ``[B, 3, H, W]``; clean, replaced: the probability on them, ``[B]``: the curve's ends.
+    """
     thresholds = _thresholds(ranking, trajectory)
     fraction = thresholds / ranking.count.view(-1, 1)
     prob = torch.full_like(fraction, torch.nan)
     interior = (thresholds > 0) & (thresholds < ranking.count.view(-1, 1))
     owner, step = interior.nonzero(as_tuple=True)
-    kept, replacement = (images, baseline) if trajectory.start == "image" else (baseline, images)
+    kept, replacement, first, last = images, baseline, clean, replaced
+    if trajectory.start == "baseline":
+        kept, replacement, first, last = baseline, images, replaced, clean
 
-    def forwarded(rows: slice) -> Tensor:
+    def build(rows: slice) -> Tensor:
         some, at = owner[rows], step[rows]
         perturbed = (ranking.position[some] < thresholds[some, at].view(-1, 1, 1)).unsqueeze(1)
-        batch = torch.where(perturbed, replacement[some], kept[some])
-        return _target_probability(model, batch, targets[some])
+        return torch.where(perturbed, replacement[some], kept[some])
 
-    if len(owner):
-        prob[owner, step] = torch.cat(run_batches(forwarded, len(owner), batch_size))
+    prob[owner, step] = probability(build, owner)
     # Where steps outnumber pixels the first and last states occur more than once.
     prob = torch.where(thresholds == 0, first.view(-1, 1), prob)
     return Curve(fraction, torch.where(thresholds == ranking.count.view(-1, 1), last.view(-1, 1), prob))
@@ -179,15 +141,3 @@ def _thresholds(ranking: Rankings, trajectory: Trajectory) -> Tensor:
         return steps.to(count.device, torch.float64).expand(len(count), -1)
     parts = torch.arange(int(count.max()) + 1, device=count.device, dtype=torch.float64).expand(len(count), -1)
     return torch.where(parts <= count, parts, torch.nan)
-
-
-def _probabilities(model: Classifier, images: Tensor, targets: Tensor, batch_size: int) -> Tensor:
-    return torch.cat(
-        run_batches(lambda rows: _target_probability(model, images[rows], targets[rows]), len(images), batch_size)
-    )
-
-
-def _target_probability(model: Classifier, images: Tensor, targets: Tensor) -> Tensor:
-    with torch.no_grad():
-        probabilities = model(images).float().softmax(dim=1)
-    return probabilities.gather(1, targets.view(-1, 1)).squeeze(1).double()

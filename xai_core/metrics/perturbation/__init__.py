@@ -1,0 +1,1 @@
+"""Metrics that perturb the image along a map and watch the model."""

@@ -1,0 +1,1 @@
+"""Metrics that explain again, from a changed image, and compare."""
