@@ -1,0 +1,1 @@
+"""Grid pointing game: relevance in the right cell of a mosaic."""

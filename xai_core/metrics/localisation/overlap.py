@@ -1,0 +1,1 @@
+"""How much of a map lies on the object: shares of relevance, overlap of regions."""

@@ -1,0 +1,1 @@
+"""Pointing game: is the strongest pixel on the object?"""

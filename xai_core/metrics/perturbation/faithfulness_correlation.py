@@ -1,0 +1,1 @@
+"""Faithfulness correlation: do sums of attributions tell what removing pixels does?"""

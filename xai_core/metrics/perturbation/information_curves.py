@@ -1,0 +1,1 @@
+"""AIC and SIC: performance against the information that a picture regains."""

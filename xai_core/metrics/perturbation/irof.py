@@ -1,0 +1,1 @@
+"""IROF: how fast removing whole parts takes the model's answer away."""

@@ -1,0 +1,1 @@
+"""ROAD: remove pixels and fill the gap so that the mask itself tells nothing."""

@@ -1,0 +1,1 @@
+"""Sanity checks: does the map notice that the model was randomised?"""

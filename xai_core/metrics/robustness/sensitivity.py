@@ -1,0 +1,1 @@
+"""Average and maximum sensitivity of a map to small changes of its image."""

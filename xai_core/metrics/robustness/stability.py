@@ -1,0 +1,1 @@
+"""Stability: how far a map moves against how far the image moved."""
