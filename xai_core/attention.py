@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
-from xai_core.precision import own_modes
+from xai_core.per_model import once_per_model, probe_image
 
 # What can be read of a block: the submodule it passes through, and whether as its first input or its output.
 POINTS: dict[str, tuple[str, bool]] = {
@@ -201,28 +200,21 @@ def _unreached(model: Classifier, points: Sequence[str]) -> str | None:
     return None if _trial(model)["stochastic"] else "what weighs its values is not a softmax over all tokens"
 
 
-# Facts of a forward pass, by classifier: a check before every call must not cost a pass each time.
-_TRIALS: WeakKeyDictionary[Classifier, dict[str, Any]] = WeakKeyDictionary()
-
-
+@once_per_model
 def _trial(model: Classifier) -> dict[str, Any]:
     """What one random picture leaves at the points that a model's blocks have."""
-    if model not in _TRIALS:
-        blocks = blocks_of(model)
-        points = [point for point, (path, _) in POINTS.items() if all(_has(block, path) for block in blocks)]
-        image = torch.randn(1, 3, *model.input_size, generator=torch.Generator().manual_seed(0))
-        with own_modes("fp32", model.device), probed(model, points) as found:
-            model.module.forward_features(image.to(model.device, model.dtype))
-        attention = found.get("attention", [])
-        _TRIALS[model] = {
-            "shapes": {point: [tensor.shape for tensor in tensors] for point, tensors in found.items()},
-            "stochastic": all(
-                bool((one >= 0).all()) and _close(one.sum(dim=-1), torch.ones_like(one[..., 0]))
-                for one in attention
-            ),
-            "plain": _weighs_values(model, found),
-        }
-    return _TRIALS[model]
+    blocks = blocks_of(model)
+    points = [point for point, (path, _) in POINTS.items() if all(_has(block, path) for block in blocks)]
+    with torch.no_grad(), probed(model, points) as found:
+        model.module.forward_features(probe_image(model))
+    attention = found.get("attention", [])
+    return {
+        "shapes": {point: [tensor.shape for tensor in tensors] for point, tensors in found.items()},
+        "stochastic": all(
+            bool((one >= 0).all()) and _close(one.sum(dim=-1), torch.ones_like(one[..., 0])) for one in attention
+        ),
+        "plain": _weighs_values(model, found),
+    }
 
 
 def _weighs_values(model: Classifier, found: Mapping[str, Sequence[Tensor]]) -> bool:

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
+from xai_core.per_model import once_per_model
 from xai_core.precision import own_modes
 
 Stage = Literal["high", "low"]
 
-# What is wrong with a layer of a model, found out once; the model may go at any time.
-_problems: WeakKeyDictionary[Classifier, dict[str, str | None]] = WeakKeyDictionary()
+
+@once_per_model
+def _problems(_model: Classifier) -> dict[str, str | None]:
+    """What is wrong with a model's layers, as far as they were looked at: filled as they are."""
+    return {}
 
 
 @contextmanager
@@ -162,7 +165,7 @@ def layer_problem(model: Classifier, layer: str) -> str | None:
     It is unknown, never runs, has no spatial positions, is overwritten in place, or its positions influence no
     logit although the image does. The message names a layer to use instead. Each layer of a model is probed once.
     """
-    known = _problems.setdefault(model, {})
+    known = _problems(model)
     if layer not in known:
         try:
             with own_modes("fp32", model.device):

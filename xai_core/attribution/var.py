@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from xai_core.arithmetic import wide
 from xai_core.attribution.class_sets import ClassSet, by_probability, most_classes, with_targets
 from xai_core.attribution.interface import MapsWithArrays, upsample_map
 from xai_core.batching import run_batches
@@ -170,7 +171,7 @@ def _contrasted(
     base, _ = options.base()
     contest = with_targets(_class_set(model, images, options), targets)
     maps = explain(images, contest.classes).detach()
-    maps = maps if maps.dtype == torch.float64 else maps.float()
+    maps = wide(maps)
     full = upsample_map(maps.flatten(0, 1), images.shape[-2:], base.upsampling).unflatten(0, maps.shape[:2])
     results, kept = [], []
     for target in range(targets.shape[1]):

@@ -68,6 +68,11 @@ def test_every_method_fits_one_of_the_tiny_models() -> None:
     assert {method for method, _ in CASES} == set(methods.names())
 
 
+# Differences of nearly equal gradients: float32 rounding, which kernels do otherwise for other batches, is divided
+# by the small step between them.
+ROUNDING = {"kl_hessian": 1e-4}
+
+
 @every_method
 def test_batch_size_and_neighbours_change_nothing(method: str, model: str) -> None:
     explain = Explained(method, model)
@@ -76,9 +81,10 @@ def test_batch_size_and_neighbours_change_nothing(method: str, model: str) -> No
     assert together.dtype == torch.float32
     assert torch.isfinite(together).all()
     scale = together.abs().amax().clamp(min=1e-30)
-    torch.testing.assert_close(explain(batch_size=1) / scale, together / scale, rtol=0, atol=1e-5)
+    tolerance = ROUNDING.get(method, 1e-5)
+    torch.testing.assert_close(explain(batch_size=1) / scale, together / scale, rtol=0, atol=tolerance)
     alone = explain(explain.images[:1], batch_size=8)
-    torch.testing.assert_close(alone / scale, together[:1] / scale, rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone / scale, together[:1] / scale, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("method", "model"), PIXEL_CASES)

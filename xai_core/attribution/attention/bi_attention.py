@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xai_core.arithmetic import wide
 from xai_core.attention import (
     blocks_of,
     global_attention,
@@ -20,18 +21,17 @@ from xai_core.attention import (
 )
 from xai_core.attribution.attention.flow import (
     check_start,
-    full_precision,
     in_groups,
     mean_heads,
     read_rows,
     start_of,
     start_within,
-    wide,
 )
 from xai_core.attribution.attention.integrated import check_steps, integrated_feedback
 from xai_core.errors import UsageError
 from xai_core.layers import per_class
 from xai_core.models import Classifier
+from xai_core.precision import full_precision
 from xai_core.registry import methods
 
 VERSIONS = ("head", "token")
@@ -96,7 +96,7 @@ def _head_perception(model: Classifier, images: Tensor, classes: Tensor, rows: T
     attentions = [attention.detach() for attention in found["attention"]]
 
     def perceive(gradients: Sequence[Tensor]) -> Tensor:
-        with full_precision(images):
+        with full_precision(images.device):
             seen = _start_rows(wide(attentions[0]), rows)
             for attention, gradient in zip(map(wide, reversed(attentions)), reversed(gradients), strict=True):
                 joined = (_head_shares(attention, wide(gradient))[..., None, None] * attention).sum(dim=1)
@@ -118,7 +118,7 @@ def _token_perception(model: Classifier, images: Tensor, rows: Tensor, start: in
     kept = {"attention": mean_heads, "block_input": _lengths, "qkv": wide}
     with probed(model, ["block_input", "qkv", "attention"], first=start, reduce=kept) as found:
         model(images)
-    with full_precision(images):
+    with full_precision(images.device):
         seen = _start_rows(found["attention"][0], rows)
         for place in reversed(range(len(found["attention"]))):
             _, _, values = split_heads(model, found["qkv"][place])

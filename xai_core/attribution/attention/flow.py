@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xai_core.arithmetic import wide
 from xai_core.attention import blocks_of, readout
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
@@ -35,18 +35,6 @@ def read_rows(model: Classifier) -> tuple[Tensor, Tensor]:
 def mean_heads(attention: Tensor) -> Tensor:
     """Attention ``[B, heads, T, T]`` averaged over heads, wide."""
     return wide(attention).mean(dim=1)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32 at least: autocast may leave attention and its gradients in half precision."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-@contextmanager
-def full_precision(tensor: Tensor) -> Iterator[None]:
-    """Products of many small numbers, out of autocast; the passes through the network stay in it."""
-    with torch.autocast(tensor.device.type, enabled=False):
-        yield
 
 
 def in_groups(

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xai_core.arithmetic import wide
 from xai_core.attention import patch_map, pooled_head, probed, readout, softmax_attention
-from xai_core.attribution.attention.flow import check_start, full_precision, start_within, wide
+from xai_core.attribution.attention.flow import check_start, start_within
 from xai_core.layers import per_class
 from xai_core.models import Classifier
+from xai_core.precision import full_precision
 from xai_core.registry import methods
 
 
@@ -46,7 +48,7 @@ def generic_attention(
     attentions = [attention.detach() for attention in found["attention"]]
 
     def gather(gradients: Sequence[Tensor]) -> Tensor:
-        with full_precision(images):
+        with full_precision(images.device):
             relevance = read
             for attention, gradient in zip(reversed(attentions), reversed(gradients), strict=True):
                 relevance = relevance + relevance @ (wide(attention) * wide(gradient)).relu().mean(dim=1)

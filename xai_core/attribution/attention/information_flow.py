@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from xai_core.attention import patch_map, pooled_head, readout, softmax_attention
-from xai_core.attribution.attention.flow import full_precision
 from xai_core.attribution.attention.residual_stream import (
     class_gradients,
     exactly,
@@ -15,6 +14,7 @@ from xai_core.attribution.attention.residual_stream import (
     residual_blocks,
 )
 from xai_core.models import Classifier
+from xai_core.precision import full_precision
 from xai_core.registry import NoOptions, methods
 
 POINTS = ("block_input", "attention_added", "middle", "mlp_added", "block_output")
@@ -46,7 +46,7 @@ def information_flow(
     """
     passed = forward_pass(model, images, POINTS)
     read_early = _logits_by_block(model, passed.tokens["block_output"])
-    with full_precision(images):
+    with full_precision(images.device):
         connections = _connections(model, passed.tokens)
         read = readout(model)[None]
     maps = []
@@ -56,7 +56,7 @@ def information_flow(
         for position in reversed(range(len(connections))):
             attention = passed.attention[position]
             (early,) = class_gradients(read_early[position], chosen, [attention])
-            with full_precision(images):
+            with full_precision(images.device):
                 kept = class_attention(*(exactly(model, one) for one in (attention, final[position], early)))
                 row = row @ block_transition(kept, *connections[position])
         maps.append(row.squeeze(1))

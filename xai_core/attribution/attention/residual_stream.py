@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from xai_core.attention import BRANCHES, POINTS, blocks_of, probed
 from xai_core.models import Classifier
-from xai_core.precision import own_modes
+from xai_core.per_model import once_per_model, probe_image
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,10 @@ def residual_blocks(model: Classifier, _options: Any) -> str | None:
     Layer scale and norms of queries and keys may be there; the last norm and the head follow the last block.
     Judged by a trial pass: each part must be what the parts before it make it.
     """
-    if model not in _TRIALS:
-        _TRIALS[model] = _trial(model)
-    return _TRIALS[model]
+    return _trial(model)
 
 
-# A check before every call must not cost a pass each time.
-_TRIALS: WeakKeyDictionary[Classifier, str | None] = WeakKeyDictionary()
-
-
+@once_per_model
 def _trial(model: Classifier) -> str | None:
     blocks = list(getattr(model.module, "blocks", None) or [])
     points = POINTS | BRANCHES
@@ -87,9 +81,8 @@ def _trial(model: Classifier) -> str | None:
     missing = [path for path, _ in points.values() if any(path not in names for names in modules)]
     if not blocks or missing:
         return f"its blocks have no {(missing or ['attn'])[0]!r}: not an attention branch and an MLP branch"
-    image = torch.randn(1, 3, *model.input_size, generator=torch.Generator().manual_seed(0))
-    with own_modes("fp32", model.device), probed(model, list(points)) as found:
-        logits = model(image.to(model.device, model.dtype))
+    with torch.no_grad(), probed(model, list(points)) as found:
+        logits = model(probe_image(model))
         if any(len(found[point]) != len(blocks) for point in points):
             return "its blocks do not pass through each of their parts once"
         for position, block in enumerate(blocks_of(model)):

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xai_core.arithmetic import wide
 from xai_core.attention import patch_map, pooled_head, probed, readout, softmax_attention
-from xai_core.attribution.attention.flow import carry_back, full_precision, wide
+from xai_core.attribution.attention.flow import carry_back
 from xai_core.errors import UsageError
 from xai_core.layers import per_class
 from xai_core.models import Classifier
+from xai_core.precision import full_precision
 from xai_core.registry import methods
 
 HEAD_FUSIONS = ("mean", "max", "min")
@@ -67,7 +69,7 @@ def attention_rollout(
 
     with probed(model, ["attention"], reduce={"attention": fuse}) as found:
         model(images)
-    with full_precision(images):
+    with full_precision(images.device):
         tokens = carry_back(wide(readout(model))[None], reversed(found["attention"]))
     return patch_map(model, tokens).expand(-1, classes.shape[1], -1, -1)
 
@@ -98,7 +100,7 @@ def grad_rollout(
                 useful = (wide(attention.detach()) * wide(gradient)).mean(dim=1).relu()
                 yield _stay_by_halves(useful, options.discard_ratio)
 
-        with full_precision(images):
+        with full_precision(images.device):
             return patch_map(model, carry_back(read, weighted()).squeeze(1))
 
     return per_class(logits, classes, attentions, roll)

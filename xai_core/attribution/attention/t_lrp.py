@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from xai_core.attention import blocks_of, global_attention, patch_map, pooled_head, readout, split_heads
-from xai_core.attribution.attention.flow import check_start, full_precision, start_within
+from xai_core.attribution.attention.flow import check_start, start_within
 from xai_core.attribution.attention.residual_stream import (
     Pass,
     class_gradients,
@@ -20,6 +20,7 @@ from xai_core.attribution.attention.residual_stream import (
     residual_blocks,
 )
 from xai_core.models import Classifier
+from xai_core.precision import full_precision
 from xai_core.registry import methods
 
 POINTS = (
@@ -83,7 +84,7 @@ def t_lrp(model: Classifier, images: Tensor, classes: Tensor, options: TLrpOptio
     maps = []
     for chosen in classes.unbind(dim=1):
         gradients = class_gradients(passed.logits, chosen, passed.attention)
-        with full_precision(images):
+        with full_precision(images.device):
             maps.append(_rollout(model, passed, chosen, gradients, read))
     return patch_map(model, torch.stack(maps, dim=1))
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from xai_core.attention import blocks_of, global_attention, patch_map, pooled_head, readout, split_heads
-from xai_core.attribution.attention.flow import full_precision
 from xai_core.attribution.attention.residual_stream import (
     added_scale,
     exactly,
@@ -18,6 +17,7 @@ from xai_core.attribution.attention.residual_stream import (
 )
 from xai_core.layers import per_class
 from xai_core.models import Classifier
+from xai_core.precision import full_precision
 from xai_core.registry import NoOptions, methods
 
 POINTS = ("block_input", "qkv", "middle", "mlp_added")
@@ -47,7 +47,7 @@ def token_tm(model: Classifier, images: Tensor, classes: Tensor, options: NoOpti
     """
     passed = forward_pass(model, images, POINTS)
     blocks, tokens = blocks_of(model), passed.tokens
-    with full_precision(images):
+    with full_precision(images.device):
         start = exactly(model, tokens["block_input"][0]).norm(dim=-1)
         read = readout(model)[None]
         by_head = [
@@ -60,7 +60,7 @@ def token_tm(model: Classifier, images: Tensor, classes: Tensor, options: NoOpti
         ]
 
     def aggregate(gradients: Sequence[Tensor]) -> Tensor:
-        with full_precision(images):
+        with full_precision(images.device):
             row = read
             for position in reversed(range(len(blocks))):
                 row = row * (1 + by_mlp[position].unsqueeze(1))

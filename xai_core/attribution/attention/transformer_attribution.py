@@ -9,7 +9,6 @@ from torch import Tensor
 from xai_core.attention import patch_map, pooled_head, probed, softmax_attention, token_count
 from xai_core.attribution.attention.flow import (
     check_start,
-    full_precision,
     in_groups,
     mean_heads,
     read_rows,
@@ -18,6 +17,7 @@ from xai_core.attribution.attention.flow import (
 )
 from xai_core.attribution.attention.integrated import check_steps, integrated_feedback
 from xai_core.models import Classifier
+from xai_core.precision import full_precision
 from xai_core.registry import methods
 
 
@@ -64,7 +64,7 @@ def _chain(model: Classifier, images: Tensor, rows: Tensor, start: int) -> Tenso
     with probed(model, ["attention"], first=start, reduce={"attention": mean_heads}) as found:
         model(images)
     *earlier, last = found["attention"]
-    with full_precision(images):
+    with full_precision(images.device):
         states = last[:, rows]
         for attention in reversed(earlier):
             states = states + states @ attention

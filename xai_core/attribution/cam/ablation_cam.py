@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xai_core.arithmetic import wide
 from xai_core.attribution.cam.gradient_cam import (
     chosen_layer,
     most_varied_channels,
     readable_layer,
-    single_precision,
 )
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
@@ -52,7 +52,7 @@ def ablation_cam(
 ) -> Tensor:
     """Ablation-CAM: ReLU of the channels weighted by the drop of the class's logit when each is set to zero."""
     behind = network_behind(model, images, chosen_layer(model, options))
-    maps = single_precision(as_map(model, behind.activation, behind.layer))
+    maps = wide(as_map(model, behind.activation, behind.layer))
     chosen = torch.zeros_like(maps[:, :, 0, 0], dtype=torch.bool)
     chosen.scatter_(1, most_varied_channels(maps, options.channels), True)
     # A channel of zeros loses nothing when it is set to zero.
@@ -63,7 +63,7 @@ def ablation_cam(
     def ablated(rows: slice) -> Tensor:
         owner, column = owners[rows], columns[rows]
         outputs = _without(model, behind.layer, behind.activation[owner], column - 1)
-        return single_precision(behind.run(outputs, owner)).gather(1, classes[owner])
+        return wide(behind.run(outputs, owner)).gather(1, classes[owner])
 
     scores = torch.cat(run_batches(ablated, len(owners), batch_size))
     table = scores.new_zeros(len(images), 1 + maps.shape[1], classes.shape[1])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xai_core.arithmetic import wide
 from xai_core.errors import UsageError
 from xai_core.layers import Stage, as_map, captured, default_cam_layer, layer_problem, per_class
 from xai_core.models import Classifier
@@ -182,11 +183,6 @@ def most_varied_channels(maps: Tensor, count: int | None) -> Tensor:
     return maps.flatten(2).var(dim=2, correction=0).topk(count, dim=1).indices
 
 
-def single_precision(values: Tensor) -> Tensor:
-    """Values of a half precision pass in float32, so that sums over cells and channels keep their digits."""
-    return values.float() if values.element_size() < 4 else values
-
-
 def _gradient_cam(
     model: Classifier,
     images: Tensor,
@@ -196,10 +192,10 @@ def _gradient_cam(
 ) -> Tensor:
     """What ``combine`` makes of a layer's maps and of their gradients, both ``[B, C, h, w]``, class by class."""
     layer, activation, logits = layer_and_logits(model, images, chosen_layer(model, options))
-    maps = single_precision(as_map(model, activation.detach(), layer))
+    maps = wide(as_map(model, activation.detach(), layer))
     return per_class(
         logits,
         classes,
         [activation],
-        lambda gradients: combine(maps, single_precision(as_map(model, gradients[0], layer))),
+        lambda gradients: combine(maps, wide(as_map(model, gradients[0], layer))),
     )

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from xai_core.arithmetic import wide
 from xai_core.attribution.cam.gradient_cam import (
     chosen_layer,
     most_varied_channels,
     readable_layer,
-    single_precision,
 )
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
@@ -93,10 +93,10 @@ def masks_of(maps: Tensor, size: tuple[int, int], *, align_corners: bool = False
 
 def _maps(model: Classifier, images: Tensor, layer: str | None) -> Tensor:
     if layer is None:
-        return single_precision(as_map(model, model.module.forward_features(images), "forward_features"))
+        return wide(as_map(model, model.module.forward_features(images), "forward_features"))
     with captured(model, [layer]) as outputs:
         model(images)
-    return single_precision(as_map(model, outputs[layer], layer))
+    return wide(as_map(model, outputs[layer], layer))
 
 
 def _increases(
@@ -129,7 +129,7 @@ def _increases(
 
 
 def _scores(model: Classifier, pictures: Tensor, score: Score) -> Tensor:
-    logits = single_precision(model(pictures))
+    logits = wide(model(pictures))
     return logits.softmax(dim=1) if score == "probability" else logits
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from xai_core.arithmetic import ratio
 from xai_core.attribution.concept_methods.concept_examples import (
     Examples,
     clustered_examples,
@@ -136,13 +137,13 @@ def concept_attributions(
     with full_precision(images.device):
         maps = concept_maps(features, fitted["directions"], fitted["emblems"])
         positive = (gradients * features.unsqueeze(1)).relu()
-        shares = _ratio(positive, positive.sum(dim=(2, 3, 4), keepdim=True))
+        shares = ratio(positive, positive.sum(dim=(2, 3, 4), keepdim=True))
         gains = (logits - empty).relu()
-        strength = _ratio(gains.gather(1, classes), gains.amax(dim=1, keepdim=True))
+        strength = ratio(gains.gather(1, classes), gains.amax(dim=1, keepdim=True))
         # A channel that is negative where the concept is seen counts by how far the concept lies below it.
         signs = torch.where(torch.einsum("bchw,bmhw->bmc", features, maps) < 0, -1.0, 1.0)
         channels = (fitted["directions"] * signs).relu()
-        channels = _ratio(channels, channels.amax(dim=2, keepdim=True))
+        channels = ratio(channels, channels.amax(dim=2, keepdim=True))
         scores = torch.einsum("bkchw,bmhw,bmc->bkm", shares, maps, channels) * strength.unsqueeze(2)
     return ConceptAttribution(maps, scores)
 
@@ -167,12 +168,12 @@ def concept_maps(features: Tensor, directions: Tensor, emblems: Tensor) -> Tenso
     low, high = (value.view(1, -1, 1, 1) for value in emblems.unbind(1))
     span = high - low
     clipped = raw_concept_maps(features, directions).clamp(min=low).minimum(high) - low
-    return torch.where(span > 0, _ratio(clipped, span), torch.zeros_like(clipped))
+    return ratio(clipped, span)
 
 
 def contraharmonic_mean(maps: Tensor) -> Tensor:
     """Sum of squares over sum, over the positions of non-negative maps ``[B, M, h, w]``; 0 where empty."""
-    return _ratio(maps.square().sum(dim=(2, 3)), maps.sum(dim=(2, 3)))
+    return ratio(maps.square().sum(dim=(2, 3)), maps.sum(dim=(2, 3)))
 
 
 def _examples(
@@ -231,10 +232,3 @@ def _path_gradients(
 
     logits = torch.cat(run_batches(walk, len(image), batch_size)).unflatten(0, (count, steps + 1))
     return total, logits[:, -1], logits[:, 0]
-
-
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """Shares; zero where the whole is."""
-    return torch.where(
-        whole > 0, part / torch.where(whole > 0, whole, torch.ones_like(whole)), torch.zeros_like(part)
-    )

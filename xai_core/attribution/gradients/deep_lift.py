@@ -20,14 +20,13 @@ from xai_core.attribution.gradients.interception import ELEMENTWISE_FUNCTIONS, I
 from xai_core.attribution.gradients.operations import (
     listed,
     nonlinear_operations,
-    once_per_model,
     operations_of,
-    probe_image,
 )
 from xai_core.baselines import Baseline, make_baseline
 from xai_core.errors import UsageError
 from xai_core.layers import per_class
 from xai_core.models import Classifier
+from xai_core.per_model import once_per_model, probe_image
 from xai_core.registry import methods
 
 

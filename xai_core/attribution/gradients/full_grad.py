@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xai_core.arithmetic import wide
 from xai_core.attribution.gradients.interception import ELEMENTWISE_FUNCTIONS, Interception, Rule, slope, unary
 from xai_core.attribution.gradients.operations import (
     ELEMENTWISE,
     MAX_POOLING,
     listed,
-    once_per_model,
     operations_of,
-    probe_image,
 )
 from xai_core.attribution.interface import upsample_map
 from xai_core.layers import per_class
 from xai_core.models import Classifier
+from xai_core.per_model import once_per_model, probe_image
 from xai_core.registry import methods
 
 Visit = Callable[[Tensor], None]
@@ -117,7 +117,7 @@ def rescaled_magnitude(term: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         ``[B, H, W]`` float32 (float64 where the term is).
     """
-    magnitude = term.abs() if term.dtype == torch.float64 else term.abs().float()
+    magnitude = wide(term.abs())
     if term.ndim != 4 or term.shape[2] * term.shape[3] == 1:
         return magnitude.new_zeros(len(term), *size)
     least = magnitude.amin(dim=(1, 2, 3)).view(-1, 1, 1)

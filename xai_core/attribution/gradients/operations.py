@@ -7,16 +7,13 @@ product of two activations as well as a softmax. Nothing is decided by the names
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from functools import wraps
+from collections.abc import Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xai_core.models import Classifier
-from xai_core.precision import own_modes
+from xai_core.per_model import once_per_model, probe_image
 
 # Affine whatever their arguments: sums, means, paddings and every change of layout.
 LINEAR = frozenset(
@@ -71,12 +68,17 @@ def graph_nodes(output: Tensor) -> list[Any]:
     return list(seen)
 
 
+def node_name(node: Any) -> str:
+    """What autograd calls the operation behind a node, without "Backward"."""
+    return re.sub(r"Backward\w*$", "", node.name().split("::")[-1])
+
+
 def operation(node: Any) -> str | None:
     """What a node computes, in words where there are some; None where it is affine in the image.
 
     ReLU6, and any clamp from 0, counts as ReLU.
     """
-    name = re.sub(r"Backward\w?\d*$", "", node.name().split("::")[-1])
+    name = node_name(node)
     active = [earlier is not None for earlier, _ in node.next_functions]
     if name in LINEAR:
         return None
@@ -105,33 +107,6 @@ def nonlinear_operations(output: Tensor) -> set[str]:
 def listed(names: Iterable[str]) -> str:
     """Names as a phrase, sorted."""
     return ", ".join(sorted(names))
-
-
-def once_per_model(probe: Callable[[Classifier], Any]) -> Callable[[Classifier], Any]:
-    """Remembers what a probe found about a network for as long as it keeps its modules' types and input size.
-
-    The probe runs with gradients enabled, in float32 and independent of the caller's modes.
-    """
-    known: WeakKeyDictionary[nn.Module, tuple[Any, Any]] = WeakKeyDictionary()
-
-    @wraps(probe)
-    def remembered(model: Classifier) -> Any:
-        make = (model.input_size, model.device, *(type(module) for module in model.module.modules()))
-        before = known.get(model.module)
-        if before is not None and before[0] == make:
-            return before[1]
-        with own_modes("fp32", model.device), torch.enable_grad():
-            found = probe(model)
-        known[model.module] = (make, found)
-        return found
-
-    return remembered
-
-
-def probe_image(model: Classifier) -> Tensor:
-    """One picture of noise at the model's input size, as a leaf of the graph."""
-    noise = torch.randn(1, 3, *model.input_size, generator=torch.Generator().manual_seed(0))
-    return noise.to(model.device, model.dtype).requires_grad_(True)
 
 
 @once_per_model

@@ -56,14 +56,14 @@ def attn_lrp_rules(module: nn.Module, options: AttnLrpOptions | None = None) -> 
         yield
 
 
-_structure = StructureCheck(attn_lrp_rules)
+_structure = StructureCheck(attn_lrp_rules, attention=True)
 
 
 def attention_with_rules(model: Classifier, _options: Any) -> str | None:
     """Softmax self-attention (global or in windows), and a rule for every layer around it."""
     if not any(is_attention(module) for module in model.module.modules()):
         return "it has no plain softmax self-attention with one layer for queries, keys and values"
-    foreign = _structure.foreign(model, attention=True)
+    foreign = _structure.foreign(model)
     return f"outside of layers that have a rule it computes {', '.join(foreign)}" if foreign else None
 
 

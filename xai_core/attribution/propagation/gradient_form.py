@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from xai_core.arithmetic import ratio, wide
+
 
 def linear_rule(rule: Any, layer: nn.Module, source: Tensor, output: Tensor) -> Tensor:
     """``output`` of a linear layer, with a gradient to ``source`` that follows one of zennit's rules.
@@ -32,7 +34,7 @@ def substituted(surrogate: Tensor, value: Tensor) -> Tensor:
 
 def identity_rule(source: Tensor, output: Tensor) -> Tensor:
     """``output`` of an elementwise function, all its relevance going to ``source``: gradient y / x, 0 at x = 0."""
-    x, y = _wide(source.detach()), _wide(output.detach())
+    x, y = wide(source.detach()), wide(output.detach())
     return substituted(source * ratio(y, x).to(source.dtype), output)
 
 
@@ -41,19 +43,13 @@ def scaled_gradient(tensor: Tensor, factor: Tensor | float) -> Tensor:
     return substituted(tensor * factor, tensor)
 
 
-def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient, 0 where the denominator is 0."""
-    empty = denominator == 0
-    return (numerator / denominator.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
-
-
 def frozen_scale_norm(norm: nn.Module, source: Tensor, output: Tensor, dim: int, *, centred: bool) -> Tensor:
     """``output`` of a layer or RMS normalisation, differentiated with its standard deviation as a constant.
 
     Args:
         dim: the normalised dimension; ``centred``: whether the mean is subtracted.
     """
-    x = _wide(source)
+    x = wide(source)
     x = x - x.mean(dim, keepdim=True) if centred else x
     scale = (x.detach().square().mean(dim, keepdim=True) + norm.eps).rsqrt()
     surrogate = x * scale
@@ -111,7 +107,3 @@ def _through(rule: Any, layer: nn.Module, source: Tensor, output: Tensor, gradie
     gradients = torch.autograd.grad(outputs, inputs, rule.gradient_mapper(relevance, outputs))
     # The reducer is linear in the changed inputs, so dividing these first divides its result: no small divisor.
     return rule.reducer([ratio(changed.detach(), source) for changed in inputs], gradients)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -65,12 +65,12 @@ def lrp_rules(module: nn.Module, composite: Composite, *, epsilon: float = 1e-6)
         yield
 
 
-_structure = StructureCheck(lambda module: lrp_rules(module, "epsilon"))
+_structure = StructureCheck(lambda module: lrp_rules(module, "epsilon"), attention=False)
 
 
 def layers_with_rules(model: Classifier, _options: Any) -> str | None:
     """Only layers with a rule: convolutions, norms, activations, pooling, sums, sigmoid gates; no attention."""
-    foreign = _structure.foreign(model, attention=False)
+    foreign = _structure.foreign(model)
     if not foreign:
         return None
     return f"outside of layers that have a rule it computes {', '.join(foreign)}"
