@@ -166,6 +166,17 @@ def build_options(entry: Entry, values: Mapping[str, Any]) -> Any:
     return entry.options(**values)
 
 
+def refuse_unread(options: Any, why: str, *names: str) -> None:
+    """Refuses options off their defaults that nothing reads under the others: they would be ignored in silence.
+
+    Raises:
+        UsageError: naming the option and why it is not read.
+    """
+    for name in _changed(options):
+        if name in names:
+            raise UsageError(f"{name}: nothing reads it {why}; leave it out")
+
+
 def variant_id(name: str, options: Any) -> str:
     """The id under which results are stored: the name, and in brackets every option off its default.
 

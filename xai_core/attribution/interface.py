@@ -105,25 +105,16 @@ def attribute_classes(
     classes: Tensor,
     *,
     method: str,
-    options: Any = None,
-    batch_size: int = 32,
-    native: bool = False,
-    precision: Precision = "fp32",
-    fitted: Mapping[str, Tensor] | None = None,
+    **how: Any,
 ) -> Tensor:
     """Pixel maps of several classes of each image, ``[B, K, H, W]``, from shared passes.
 
     Args:
-        classes: class indices ``[B, K]``; the others as in :func:`attribute`, and the same errors.
+        classes: class indices ``[B, K]``.
+        how: ``options``, ``batch_size``, ``native``, ``precision`` and ``fitted``, as in :func:`attribute`, which
+            raises the same errors.
     """
-    shared: dict[str, Any] = {
-        "options": options,
-        "batch_size": batch_size,
-        "native": native,
-        "precision": precision,
-        "fitted": fitted,
-    }
-    return _maps_and_arrays(model, images, classes, method, arrays=False, **shared).maps
+    return _maps_and_arrays(model, images, classes, method, arrays=False, **how).maps
 
 
 def attribute_arrays(
@@ -132,25 +123,14 @@ def attribute_arrays(
     targets: Tensor,
     *,
     method: str,
-    options: Any = None,
-    batch_size: int = 32,
-    native: bool = False,
-    precision: Precision = "fp32",
-    fitted: Mapping[str, Tensor] | None = None,
+    **how: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Pixel maps of the target classes, and what the method hands out beside them.
 
-    The maps are those of :func:`attribute`, with the same arguments and errors. Names and dimensions of the
-    arrays (each ``[B, ...]``) are what the method's entry says under ``arrays``; mostly there are none.
+    The maps are those of :func:`attribute`, with the same keywords but ``parts``, and the same errors. The entry's
+    ``arrays`` names what there is beside them, each ``[B, ...]``; mostly nothing.
     """
-    shared: dict[str, Any] = {
-        "options": options,
-        "batch_size": batch_size,
-        "native": native,
-        "precision": precision,
-        "fitted": fitted,
-    }
-    found = _maps_and_arrays(model, images, targets.view(-1, 1), method, arrays=True, **shared)
+    found = _maps_and_arrays(model, images, targets.view(-1, 1), method, arrays=True, **how)
     return found.maps.squeeze(1), {name: values.squeeze(1) for name, values in found.arrays.items()}
 
 
@@ -160,11 +140,11 @@ def _maps_and_arrays(
     classes: Tensor,
     method: str,
     *,
-    options: Any,
-    batch_size: int,
-    native: bool,
-    precision: Precision,
-    fitted: Mapping[str, Tensor] | None,
+    options: Any = None,
+    batch_size: int = 32,
+    native: bool = False,
+    precision: Precision = "fp32",
+    fitted: Mapping[str, Tensor] | None = None,
     arrays: bool,
 ) -> MapsWithArrays:
     entry = methods.get(method)

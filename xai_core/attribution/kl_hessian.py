@@ -21,7 +21,7 @@ from xai_core.attribution.interface import PartScores
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
-from xai_core.parts.labels import NO_PART
+from xai_core.parts.labels import parts_present
 from xai_core.registry import methods
 
 # The paper writes one epsilon for the probe's length (eq. 6) and for the guard of the divisions (eq. 1, 3,
@@ -129,7 +129,7 @@ def kl_hessian(
             f"kl_hessian: expected part labels {(len(images), *images.shape[-2:])}, got {tuple(parts.shape)}"
         )
     parts = parts.to(images.device).long()
-    present = _present(parts)
+    present = parts_present(parts)
     image_of, part_of = present.nonzero(as_tuple=True)
     gradients, log_probs = _clean_pass(model, images, targets, batch_size)
     terms = run_batches(
@@ -190,15 +190,6 @@ def _unit(vectors: Tensor) -> Tensor:
     """Vectors of length one, pixel and channel axes taken together; a zero vector stays zero."""
     norms = torch.linalg.vector_norm(vectors.flatten(1), dim=1).view(-1, 1, 1, 1)
     return vectors / (norms + GUARD)
-
-
-def _present(parts: Tensor) -> Tensor:
-    """Which labels occur in which image: ``[B, K]`` bool, K the largest number of parts."""
-    seen = torch.zeros(len(parts), NO_PART + 1, dtype=torch.bool, device=parts.device)
-    seen.scatter_(1, parts.flatten(1), True)
-    seen = seen[:, :NO_PART]
-    occurring = seen.any(dim=0).nonzero()
-    return seen[:, : int(occurring.max()) + 1 if len(occurring) else 0]
 
 
 def _scatter(present: Tensor, values: list[Tensor]) -> Tensor:

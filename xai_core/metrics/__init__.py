@@ -13,7 +13,7 @@ from xai_core.metrics import (
 from xai_core.metrics.evaluate import Evaluation, evaluate, join_evaluations
 from xai_core.metrics.evidence import Evidence
 from xai_core.metrics.measured import Measured
-from xai_core.metrics.perturbation.trajectory import Curve, Trajectory
+from xai_core.metrics.trajectory import Curve, Trajectory
 from xai_core.metrics.truth import Truth
 
 __all__ = [

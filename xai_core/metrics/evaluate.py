@@ -12,7 +12,7 @@ from torch import Tensor
 from xai_core.batching import join_rows
 from xai_core.errors import UsageError
 from xai_core.metrics.evidence import Evidence
-from xai_core.metrics.perturbation.trajectory import Curve
+from xai_core.metrics.trajectory import Curve
 from xai_core.registry import MetricEntry, variant_id
 
 

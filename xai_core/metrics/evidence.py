@@ -14,7 +14,7 @@ from xai_core.attribution.explainer import Explainer
 from xai_core.baselines import Baseline, make_baseline
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
-from xai_core.metrics.perturbation.trajectory import (
+from xai_core.metrics.trajectory import (
     Curve,
     Rankings,
     Trajectory,

@@ -47,6 +47,20 @@ def part_counts(labels: Tensor) -> Tensor:
     return without.flatten(1).amax(dim=1) + 1
 
 
+def parts_present(labels: Tensor) -> Tensor:
+    """Which labels occur in which image: ``[B, K]`` bool, K the largest number of parts.
+
+    Args:
+        labels: ``[B, H, W]``, ``NO_PART`` where there is none.
+    """
+    flat = labels.flatten(1).long()
+    seen = torch.zeros(len(flat), NO_PART + 1, dtype=torch.bool, device=labels.device)
+    seen.scatter_(1, flat, True)
+    seen = seen[:, :NO_PART]
+    occurring = seen.any(dim=0).nonzero()
+    return seen[:, : int(occurring.max()) + 1 if len(occurring) else 0]
+
+
 def part_areas(labels: Tensor, count: int) -> Tensor:
     """Pixels of the parts 0 .. ``count`` - 1 of each image: ``[B, K]`` int64, 0 where there is no such part.
 

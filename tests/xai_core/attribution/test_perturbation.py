@@ -37,13 +37,17 @@ def hidden_by(model: Classifier, image: Tensor, baseline: str) -> Tensor:
     return torch.zeros_like(image) if baseline == "mean" else model.normalise(torch.zeros_like(image)[None])[0]
 
 
+def shown(baseline: str) -> dict:
+    return {"baseline": baseline, **({"sigma": 3.0} if baseline == "blur" else {})}
+
+
 @pytest.mark.parametrize("baseline", ["mean", "black", "blur"])
 @pytest.mark.parametrize("family", MODELS)
 def test_occlusion_from_its_definition(family: str, baseline: str) -> None:
     """Window 10 and stride 6 leave the last window two pixels short at the border of 32."""
     model = MODELS[family]()
     images, targets = pictures(2)
-    options = {"window": 10, "stride": 6, "baseline": baseline, "sigma": 3.0}
+    options = {"window": 10, "stride": 6, **shown(baseline)}
     maps = attribute(model, images, targets, method="occlusion", options=options, batch_size=7)
     for image, target, got in zip(images, targets.tolist(), maps, strict=True):
         behind = hidden_by(model, image, baseline)
@@ -100,7 +104,7 @@ def test_occlusions_defaults_follow_the_input() -> None:
 def test_rise_from_its_formula(family: str, baseline: str) -> None:
     model = MODELS[family]()
     images, targets = pictures(2)
-    options = RiseOptions(masks=19, grid=5, keep=0.3, seed=4, baseline=baseline, sigma=3.0)
+    options = RiseOptions(masks=19, grid=5, keep=0.3, seed=4, **shown(baseline))
     maps = attribute(model, images, targets, method="rise", options=options, batch_size=6)
     draw = SmallMasks.draw(options, (SIZE, SIZE), torch.device("cpu"))
     for image, target, got in zip(images, targets.tolist(), maps, strict=True):
@@ -220,6 +224,7 @@ def test_a_constant_picture_has_a_finite_map(method: str, value: float) -> None:
         ("occlusion", {"window": 33}, "32 x 32 pixels, smaller than the window of 33"),
         ("occlusion", {"stride": 6}, "a stride of 6 pixels skips some behind a window of 5"),
         ("occlusion", {"baseline": "grey"}, r"occlusion\.baseline: expected one of mean, black, blur, got 'grey'"),
+        ("occlusion", {"sigma": 3.0}, "sigma: nothing reads it with baseline 'mean'; leave it out"),
         ("occlusion", {"sigma": 0.0}, r"occlusion\.sigma: expected a number of pixels > 0, got 0"),
         ("occlusion", {"scalar": "loss"}, r"occlusion\.scalar: expected one of probability, logit, got 'loss'"),
         ("rise", {"masks": 0}, r"rise\.masks: expected at least 1, got 0"),

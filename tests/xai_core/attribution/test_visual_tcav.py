@@ -265,6 +265,10 @@ def test_refusals_say_what_to_do() -> None:
         fit_method(model, images, targets, method="visual_tcav", options={"concepts": "/there"})
     with pytest.raises(UsageError, match=r"pictures of every concept, got none of 'b'"):
         fit_method(model, images, targets, method="visual_tcav", concepts={"a": images, "b": images[:0]})
+    with pytest.raises(UsageError, match="examples: nothing reads it without a folder of concepts"):
+        VisualTcavOptions(examples=3)
+    with pytest.raises(UsageError, match="concept_count: nothing reads it where concepts come from a folder"):
+        VisualTcavOptions(concepts="/there", concept_count=3)
     with pytest.raises(UsageError, match=r"visual_tcav.steps: expected at least 1, got 0"):
         VisualTcavOptions(steps=0)
 

@@ -42,7 +42,7 @@ class Examples:
 def folder_source(samples: FitSamples) -> tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...], Tensor]:
     """A user's pictures: how to read them, the rows of each concept in order of its name, and those of no concept.
 
-    The last are his own under ``random``, else the samples' images.
+    The last are their own under ``random``, else the samples' images.
     """
     concepts = samples.concepts or {}
     names = sorted(name for name in concepts if name != RANDOM)

@@ -22,7 +22,7 @@ from xai_core.errors import UsageError
 from xai_core.layers import as_map, captured, per_class
 from xai_core.models import Classifier
 from xai_core.precision import full_precision
-from xai_core.registry import methods
+from xai_core.registry import methods, refuse_unread
 from xai_core.replay import Behind, network_behind
 
 
@@ -47,6 +47,10 @@ class VisualTcavOptions:
         for name in ("steps", "concept_count", "fit_images", "examples"):
             if getattr(self, name) < 1:
                 raise UsageError(f"visual_tcav.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.concepts is None:
+            refuse_unread(self, "without a folder of concepts", "examples")
+        else:
+            refuse_unread(self, "where concepts come from a folder", "concept_count", "fit_images")
 
 
 def layer_for_concepts(model: Classifier, options: VisualTcavOptions) -> str | None:

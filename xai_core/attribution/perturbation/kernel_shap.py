@@ -44,6 +44,7 @@ class KernelShapOptions(CoalitionOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.expect_at_least(2, "samples")
+        self.expect_at_least(0, "seed")
 
 
 @dataclass(frozen=True)

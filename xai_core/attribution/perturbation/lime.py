@@ -42,6 +42,7 @@ class LimeOptions(CoalitionOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.expect_at_least(2, "samples")
+        self.expect_at_least(0, "seed")
         self.expect_one_of("distance", tuple(DISTANCES))
         self.expect(self.kernel_width > 0, "kernel_width", "a number > 0")
         self.expect(self.ridge > 0, "ridge", "a number > 0")

@@ -13,6 +13,7 @@ from xai_core.baselines import Baseline, make_baseline
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
+from xai_core.registry import refuse_unread
 
 MaskBaseline = Literal["mean", "black", "blur"]
 Scalar = Literal["probability", "logit"]
@@ -35,6 +36,8 @@ class MaskingOptions:
     def __post_init__(self) -> None:
         self.expect_one_of("baseline", self.baselines)
         self.expect(self.sigma > 0, "sigma", "a number of pixels > 0")
+        if self.baseline != "blur":
+            refuse_unread(self, f"with baseline {self.baseline!r}", "sigma")
 
     def expect(self, right: bool, name: str, expected: str) -> None:
         """Refuses an option's value, naming the option.
@@ -68,10 +71,9 @@ class ScoringOptions(MaskingOptions):
 
 def behind_the_mask(model: Classifier, images: Tensor, options: MaskingOptions) -> Tensor:
     """What shows where an image is masked, ``[B, 3, H, W]``, in the arithmetic of the images."""
-    sigma = options.sigma if options.baseline == "blur" else Baseline.sigma
     # The masked picture is data, not a pass: autocast would round it where the clean one is not rounded.
     with torch.autocast(images.device.type, enabled=False):
-        return make_baseline(Baseline(options.baseline, sigma), model, images)
+        return make_baseline(Baseline(options.baseline, options.sigma), model, images)
 
 
 def blend(images: Tensor, behind: Tensor, keep: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class RiseOptions(MaskingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.expect_at_least(1, "masks", "grid")
+        self.expect_at_least(0, "seed")
         self.expect(0 < self.keep < 1, "keep", "a probability between 0 and 1")
 
 
