@@ -17,7 +17,6 @@ from xai_core.attribution.explainer import Explainer
 from xai_core.batching import Batches, try_batches
 from xai_core.errors import ImageError, NotFinite
 from xai_core.metrics import Evaluation, Evidence, evaluate, join_evaluations
-from xai_core.precision import precision_context
 from xai_core.registry import methods, metrics
 
 
@@ -53,24 +52,24 @@ def _evaluate(context: Context, method: str, pictures: Pictures) -> Batches[Eval
     scores = _part_scores(context, method, pictures.image_ids)
     chosen = [(metrics.get(choice.name), options_of(metrics, choice)) for choice in config.metrics]
     explainer = _explainer(context, method)
-    with precision_context(config.run.precision, context.device):
-        return try_batches(
-            lambda rows: evaluate(
-                Evidence(
-                    model,
-                    pictures.inputs[rows],
-                    targets[rows],
-                    maps[rows],
-                    parts=labels[rows],
-                    part_scores=None if scores is None else scores[rows],
-                    explainer=explainer,
-                    batch_size=config.run.batch_size,
-                ),
-                chosen,
+    return try_batches(
+        lambda rows: evaluate(
+            Evidence(
+                model,
+                pictures.inputs[rows],
+                targets[rows],
+                maps[rows],
+                parts=labels[rows],
+                part_scores=None if scores is None else scores[rows],
+                explainer=explainer,
+                batch_size=config.run.batch_size,
+                precision=config.run.precision,
             ),
-            len(pictures),
-            len(pictures),
-        )
+            chosen,
+        ),
+        len(pictures),
+        len(pictures),
+    )
 
 
 def _explainer(context: Context, method: str) -> Explainer:

@@ -13,6 +13,7 @@ from xai_core.batching import join_rows
 from xai_core.errors import UsageError
 from xai_core.metrics.evidence import Evidence
 from xai_core.metrics.trajectory import Curve
+from xai_core.precision import own_modes
 from xai_core.registry import MetricEntry, variant_id
 
 
@@ -34,14 +35,18 @@ class Evaluation:
 def evaluate(evidence: Evidence, metrics: Sequence[tuple[MetricEntry, Any]]) -> Evaluation:
     """Measures explained images by metrics, each an entry with its options.
 
+    The caller's own autocast, gradient and inference modes have no effect.
+
     Raises:
         UsageError: a metric needs what the evidence does not hold.
     """
+    for entry, _ in metrics:
+        _require(entry, evidence)
     values, reasons, broken = {}, {}, {}
     for entry, options in metrics:
-        _require(entry, evidence)
         name = variant_id(entry.name, options)
-        measured = entry.function(evidence, options)
+        with own_modes("fp32", evidence.images.device):
+            measured = entry.function(evidence, options)
         known = measured.defined
         values[name] = torch.where(known, measured.value.double(), torch.nan)
         reasons[name] = measured.reasons

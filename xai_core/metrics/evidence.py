@@ -25,6 +25,7 @@ from xai_core.metrics.trajectory import (
 from xai_core.metrics.truth import Truth
 from xai_core.models import Classifier
 from xai_core.parts.labels import mean_inside_parts
+from xai_core.precision import Precision, precision_context
 
 T = TypeVar("T")
 
@@ -40,6 +41,7 @@ class Evidence:
             inside them (KL-Hessian eq. 14).
         truth: what is known of the images; explainer: the method that made the maps, where it can be asked again.
         batch_size: the most images in one forward, fewer where these do not fit in memory.
+        precision: arithmetic of the forwards; what is computed from their logits is computed in float64.
 
     Raises:
         UsageError: maps or parts of another size than the images.
@@ -54,6 +56,7 @@ class Evidence:
     truth: Truth = field(default_factory=Truth)
     explainer: Explainer | None = None
     batch_size: int = 32
+    precision: Precision = "fp32"
     #: Every curve that was followed, by its id.
     curves: dict[str, Curve] = field(default_factory=dict)
     _kept: dict[object, object] = field(default_factory=dict, repr=False)
@@ -177,8 +180,10 @@ class Evidence:
         """
 
         def forwarded(rows: slice) -> Tensor:
-            with torch.no_grad():
-                return read(self.model(build(rows)).double(), rows)
+            batch = build(rows)
+            with torch.no_grad(), precision_context(self.precision, batch.device):
+                logits = self.model(batch)
+            return read(logits.double(), rows)
 
         if not len(owner):
             return torch.zeros(0, dtype=torch.float64, device=self.images.device)
