@@ -1,14 +1,14 @@
-"""A vision transformer run token by token from its weights, in float64, and products of matrices by loops."""
+"""Tiny transformers higher than wide, what a walk through their weights leaves, and matrix products by loops."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from tests.xai_core.attribution.vit_by_hand import last_norm, layer_norm, walk
 from xai_core.models import Classifier, ModelSpec
 
 HEIGHT, WIDTH, PATCH, HEADS, CLASSES = 24, 16, 8, 2, 5
@@ -89,39 +89,13 @@ class Trace:
 
 def run_slowly(model: Classifier, picture: Tensor) -> Trace:
     """One picture ``[3, H, W]`` through the weights, with the graph from the attention of every block on."""
-    module = model.module
-    tokens = torch.stack(_tokens(module, picture))
-    attention, entering, values = [], [], []
-    for block in module.blocks:
-        entering.append(tokens)
-        normed = _norm(block.norm1, tokens)
-        mixed = []
-        heads = []
-        joined = []
-        width = tokens.shape[1] // HEADS
-        for head in range(HEADS):
-            query, key, value = (
-                _linear(block.attn.qkv, normed)[:, part * tokens.shape[1] :][:, head * width : (head + 1) * width]
-                for part in range(3)
-            )
-            weights = torch.stack(
-                [
-                    torch.exp((key @ query[row]) / math.sqrt(width))
-                    / torch.exp((key @ query[row]) / math.sqrt(width)).sum()
-                    for row in range(len(tokens))
-                ]
-            )
-            if not weights.requires_grad:
-                weights.requires_grad_(True)
-            heads.append(weights)
-            mixed.append(weights @ value)
-            joined.append(value)
-        attention.append(heads)
-        values.append(torch.cat(joined, dim=1))
-        tokens = tokens + _linear(block.attn.proj, torch.cat(mixed, dim=1))
-        hidden = _linear(block.mlp.fc1, _norm(block.norm2, tokens))
-        tokens = tokens + _linear(block.mlp.fc2, hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))))
-    return Trace(_head(module, tokens), attention, entering, values)
+    blocks = walk(model.module, picture)
+    return Trace(
+        _head(model.module, blocks[-1].leaving),
+        [block.attention for block in blocks],
+        [block.entering.detach() for block in blocks],
+        [torch.cat(block.values, dim=1).detach() for block in blocks],
+    )
 
 
 def attention_gradients(trace: Trace, target: int) -> list[list[Tensor]]:
@@ -180,34 +154,13 @@ def read_map(kind: str, tokens: Matrix) -> Tensor:
     return found
 
 
-def _tokens(module: nn.Module, picture: Tensor) -> list[Tensor]:
-    weight, bias = module.patch_embed.proj.weight, module.patch_embed.proj.bias
-    tokens = []
-    for name in ("cls_token", "dist_token", "reg_token"):
-        if getattr(module, name, None) is not None:
-            tokens.extend(getattr(module, name)[0])
-    for row in range(ROWS):
-        for column in range(COLUMNS):
-            patch = picture[:, row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH]
-            tokens.append((weight * patch).sum(dim=(1, 2, 3)) + bias)
-    return [token + position for token, position in zip(tokens, module.pos_embed[0], strict=True)]
-
-
-def _norm(norm: nn.Module, tokens: Tensor) -> Tensor:
-    if isinstance(norm, nn.Identity):
-        return tokens
-    middle = tokens - tokens.mean(dim=-1, keepdim=True)
-    scaled = middle / torch.sqrt((middle**2).mean(dim=-1, keepdim=True) + norm.eps)
-    return scaled * norm.weight + norm.bias
-
-
-def _linear(layer: nn.Module, tokens: Tensor) -> Tensor:
-    return tokens @ layer.weight.T + layer.bias
-
-
 def _head(module: nn.Module, tokens: Tensor) -> Tensor:
-    tokens = _norm(module.norm, tokens)
+    read = last_norm(module, tokens)
     if hasattr(module, "head_dist"):
-        return (_linear(module.head, tokens[0]) + _linear(module.head_dist, tokens[1])) / 2
-    pooled = tokens[module.num_prefix_tokens :].mean(dim=0) if module.global_pool == "avg" else tokens[0]
-    return _linear(module.head, _norm(module.fc_norm, pooled))
+        return (_linear(module.head, read[0]) + _linear(module.head_dist, read[1])) / 2
+    pooled = read[module.num_prefix_tokens :].mean(dim=0) if module.global_pool == "avg" else read[0]
+    return _linear(module.head, layer_norm(module.fc_norm, pooled))
+
+
+def _linear(layer: nn.Module, token: Tensor) -> Tensor:
+    return layer.weight @ token + layer.bias
