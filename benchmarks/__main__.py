@@ -20,6 +20,7 @@ BENCHMARKS = (
     ("precision", "benchmarks.precision", True),
     ("gradients", "benchmarks.gradients", False),
     ("var", "benchmarks.var", True),
+    ("metrics", "benchmarks.metrics", False),
     ("resume", "benchmarks.resume", False),
     ("store", "benchmarks.store", False),
     ("sql", "benchmarks.sql", False),

@@ -17,7 +17,7 @@ from tests.xai_core.tiny import SIZE, pictures, quarters, tiny_cnn, tiny_vit
 from xai_core.baselines import Baseline, gaussian_blur, make_baseline
 from xai_core.errors import UsageError
 from xai_core.metrics import Evaluation
-from xai_core.metrics.perturbation.trajectory import rank_parts, rank_pixels, removed_pixels
+from xai_core.metrics.trajectory import rank_parts, rank_pixels, removed_pixels
 from xai_core.models import Classifier
 from xai_core.parts.labels import mean_inside_parts
 

@@ -13,8 +13,8 @@ from xai_core.baselines import Baseline, BaselineKind
 from xai_core.errors import UsageError
 from xai_core.metrics.evidence import Evidence
 from xai_core.metrics.measured import Measured
-from xai_core.metrics.perturbation.trajectory import Curve, Trajectory
-from xai_core.registry import metrics
+from xai_core.metrics.trajectory import Curve, Trajectory
+from xai_core.registry import metrics, refuse_unread
 
 NULL_PIXELS = "null where the map is constant or not finite: it ranks nothing"
 NULL_PARTS = "null where fewer than two parts exist or all parts score the same: nothing is ranked"
@@ -31,13 +31,14 @@ class PartCurveOptions:
     def __post_init__(self) -> None:
         if not self.sigma > 0:
             raise UsageError(f"sigma: expected a number of pixels > 0, got {self.sigma}")
+        read_by = {"sigma": "blur", "seed": "noise"}
+        unread = [name for name, kind in read_by.items() if kind != self.baseline]
+        refuse_unread(self, f"with baseline {self.baseline!r}", *unread)
 
     @property
     def named_baseline(self) -> Baseline:
-        """The baseline as the engine takes it; fields that the kind does not read keep their defaults."""
-        sigma = self.sigma if self.baseline == "blur" else Baseline.sigma
-        seed = self.seed if self.baseline == "noise" else Baseline.seed
-        return Baseline(self.baseline, sigma, seed)
+        """The baseline as the engine takes it."""
+        return Baseline(self.baseline, self.sigma, self.seed)
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,14 @@ def area(curve: Curve) -> Tensor:
     width = curve.fraction.diff(dim=1)
     height = 0.5 * (curve.prob[:, 1:] + curve.prob[:, :-1])
     return torch.where(width.isnan(), 0.0, width * height).sum(dim=1)
+
+
+def least_first(insertion: Curve) -> Curve:
+    """Deletion, least relevant pixels first: insertion read backwards, for the pictures are the same.
+
+    After ``insertion`` has revealed n pixels, all but these are replaced, and these are the least relevant ones.
+    """
+    return Curve(1.0 - insertion.fraction.flip(1), insertion.prob.flip(1))
 
 
 def mean_drop(curve: Curve, *, absolute: bool) -> Tensor:
@@ -140,6 +149,26 @@ def deletion(evidence: Evidence, options: CurveOptions) -> Measured:
 def aopc(evidence: Evidence, options: CurveOptions) -> Measured:
     """AOPC: mean drop of the target's probability along deletion."""
     return _measured(evidence, pixel_deletion(options), partial(mean_drop, absolute=False))
+
+
+@metrics.register(
+    "srg",
+    options=CurveOptions,
+    paper="Bluecher et al. 2024, symmetric relevance gain",
+    family="perturbation",
+    definition="area under p(target) while pixels are replaced by the baseline, least relevant first, minus the "
+    "same, most relevant first (deletion); least relevant first is insertion read backwards, of the same area",
+    higher_is_better=True,
+    bounds=(-1.0, 1.0),
+    unit="probability",
+    undefined=NULL_PIXELS,
+    cost="2 T",
+)
+def srg(evidence: Evidence, options: CurveOptions) -> Measured:
+    """SRG: how much longer the target holds out when the least relevant pixels go first."""
+    least = _measured(evidence, pixel_insertion(options), lambda curve: area(least_first(curve)))
+    most = _measured(evidence, pixel_deletion(options), area)
+    return Measured(least.value - most.value, most.undefined)
 
 
 @metrics.register(
