@@ -26,9 +26,9 @@ format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix $(ROOMS)
 	$(BIN)/ruff format $(ROOMS)
 
-# The generated tables of the docs: what is registered, and every method tried on every kind of network.
+# The generated tables of the docs: methods and metrics, and every method tried on every kind of network.
 docs: $(VENV)/.installed-test
-	$(BIN)/python -m flows.documentation docs/methods.md
+	$(BIN)/python -m flows.documentation docs/methods.md docs/metrics.md
 
 benchmarks: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks

@@ -90,11 +90,13 @@ def commit(store: Store, unit: Unit, generator: np.random.Generator) -> tuple[Un
     images = np.arange(SHARD_SIZE) + unit.shard * SHARD_SIZE
     count = SHARD_SIZE * len(METRICS)
     values = generator.beta(2, 2 + METHODS.index(unit.variant), count)
+    undefined = generator.random(count) < UNDEFINED
     columns = {
         "image_id": np.repeat(images, len(METRICS)),
         "method": pa.array([unit.variant] * count),
         "metric": pa.array(list(METRICS) * SHARD_SIZE),
-        "value": pa.array(values, mask=generator.random(count) < UNDEFINED),
+        "value": pa.array(values, mask=undefined),
+        "reason": pa.array(np.where(undefined, "the map is constant", None)),
     }
     writing = store.begin(unit, key, ingredients)
     writing.table("metrics", pa.table(columns, schema=TABLES["metrics"]))

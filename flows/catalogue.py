@@ -9,7 +9,7 @@ import xai_core.attribution
 import xai_core.concepts
 import xai_core.metrics
 import xai_core.parts  # noqa: F401  (importing registers)
-from xai_core.registry import Entry, MethodEntry, Registry, extractors, methods, metrics, parsers
+from xai_core.registry import Entry, MethodEntry, MetricEntry, Registry, extractors, methods, metrics, parsers
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "methods": methods,
@@ -17,7 +17,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "parts": parsers,
     "extractors": extractors,
 }
-HIDDEN = ("function", "options", "arrays", "wraps", "fit")
+HIDDEN = ("function", "options", "also_needs", "arrays", "wraps", "fit")
 
 
 def catalogue(kind: str, pattern: str | None = None) -> list[dict[str, Any]]:
@@ -53,4 +53,6 @@ def _describe(entry: Entry) -> dict[str, Any]:
     options = {field.name: default_of(field) for field in dataclasses.fields(entry.options)}
     if isinstance(entry, MethodEntry):
         facts |= {"families": ", ".join(entry.families), "needs": needs_of(entry), "fitted": entry.fit is not None}
+    if isinstance(entry, MetricEntry):
+        facts |= {"better": "higher" if entry.higher_is_better else "lower"}
     return {"name": facts.pop("name"), "options": options, **facts}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 USAGE_ERRORS = (UsageError, SourceError, QueryError, StoreLockedError, NoStoreError)
 RUN_ERRORS = (StageError, StoreError, ImageError, OSError)
 
-LISTED = ("name", "families", "options", "summary")
+LISTED = ("name", "families", "family", "better", "bounds", "unit", "options", "summary")
 
 # Less than a report: whatever failed, this is why.
 LITTLE_ROOM = 8 << 20
@@ -191,10 +191,12 @@ def list_things(kind: str, pattern: str | None, rows: str) -> None:
 
 
 def _listed(value: Any) -> str:
-    """Options as they are written in a config, anything else as it is."""
-    if not isinstance(value, dict):
-        return str(value)
-    return ", ".join(f"{name}: {json.dumps(default)}" for name, default in value.items())
+    """Options as they are written in a config, bounds as an interval, anything else as it is."""
+    from tasks.metric_families import interval
+
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {json.dumps(default)}" for name, default in value.items())
+    return interval(value) if isinstance(value, tuple) else str(value)
 
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:

@@ -20,6 +20,8 @@ PATH_KEYS = (
     ("dataset", "path"),
     ("dataset", "classes"),
     ("dataset", "masks"),
+    ("truth", "masks"),
+    ("truth", "boxes"),
     ("model", "checkpoint"),
     ("parts", "backbone", "checkpoint"),
 )
@@ -66,6 +68,9 @@ def _read(path: Path) -> dict[str, Any]:
     document.setdefault("name", re.sub(r"[^A-Za-z0-9_.+=,@-]", "_", path.stem)[:100])
     for keys in PATH_KEYS:
         _resolve(document, keys, path.resolve().parent)
+    metrics = document.get("metrics")
+    for metric in metrics if isinstance(metrics, list) else ():
+        _resolve(metric, ("checkpoint",), path.resolve().parent)
     return document
 
 

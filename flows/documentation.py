@@ -10,11 +10,12 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from flows.catalogue import default_of, needs_of
-from xai_core.registry import MethodEntry, methods
+from tasks.metric_families import Family, by_family, interval
+from xai_core.registry import Entry, MethodEntry, MetricEntry, Need, methods, metrics
 
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -63,12 +64,46 @@ def methods_table() -> str:
 
 def options_table() -> str:
     """Every option of every method with its default."""
+    return _options(("method", "option", "default"), methods)
+
+
+def _options(head: tuple[str, ...], entries: Iterable[Entry]) -> str:
     rows = [
         (f"`{entry.name}`", f"`{option.name}`", f"`{default_of(option)}`")
-        for entry in methods
+        for entry in entries
         for option in dataclasses.fields(entry.options)
     ]
-    return _table(("method", "option", "default"), rows)
+    return _table(head, rows)
+
+
+def metrics_tables() -> str:
+    """The registered metrics family by family: a table of facts, and the definitions below it."""
+    return "\n\n".join(
+        _family(family, entries) for family, entries in by_family(metrics, lambda entry: entry.name)
+    )
+
+
+def _family(family: Family, entries: Sequence[MetricEntry]) -> str:
+    head = ("id", "better", "bounds", "unit", "needs", "cost an image", "source")
+    table = _table(head, [_metric(entry) for entry in entries])
+    definitions = "\n".join(f"- **`{entry.name}`**: {_definition(entry)}" for entry in entries)
+    return f"### {family.title}\n\n{family.question}\n\n{table}\n\n{definitions}"
+
+
+def _definition(entry: MetricEntry) -> str:
+    sentences = [text[:1].upper() + text[1:] for text in (entry.definition, entry.undefined) if text]
+    return _text(". ".join(sentences)) + "."
+
+
+def _metric(entry: MetricEntry) -> tuple[str, ...]:
+    better = "higher" if entry.higher_is_better else "lower"
+    needs = ", ".join(NEEDS[need] for need in entry.needs)
+    return (f"`{entry.name}`", better, interval(entry.bounds), entry.unit, needs, entry.cost, _text(entry.paper))
+
+
+def metric_options_table() -> str:
+    """Every option of every metric with its default."""
+    return _options(("metric", "option", "default"), metrics)
 
 
 def needs_table() -> str:
@@ -99,6 +134,16 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "options": options_table,
     "needs": needs_table,
     "coverage": coverage_table,
+    "metrics": metrics_tables,
+    "metric_options": metric_options_table,
+}
+
+#: What a metric reads beside the map, in words.
+NEEDS: dict[Need, str] = {
+    "parts": "parts",
+    "mask": "masks or boxes of objects",
+    "effects": "true effects of parts (demo)",
+    "explainer": "the method again",
 }
 
 
@@ -123,6 +168,11 @@ def _conduct(entry: MethodEntry) -> str:
         *([] if entry.half_precision else ["no bf16"]),
     ]
     return ", ".join(facts)
+
+
+def _text(text: str) -> str:
+    """Prose in which no sign is read as Markdown."""
+    return text.replace("*", "\\*").replace("<", "&lt;")
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

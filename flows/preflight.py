@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 
-from PIL import Image
-
-from storage.sources.decode import upright_size
-from storage.sources.folder import open_file, path_of
+from flows.preflight_truth import check_mask_folder, check_truth
 from tasks.concept_folder import concept_files
 from tasks.config import Choice, ModelConfig, StudyConfig, options_of
-from tasks.parts import mask_path
-from tasks.sources import open_source
 from tasks.study import Study
+from tasks.truth import known_needs, reads_truth
 from tasks.worker import classifier, resolve_device
 from xai_core.attribution.interface import check_method
 from xai_core.concepts import check_layer
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
 from xai_core.precision import Precision
-from xai_core.registry import methods
+from xai_core.registry import methods, metrics
 
-# Masks whose size is compared with their image's before the run; the rest are checked as they are read.
-MASKS_CHECKED = 10_000
+# What metrics can need of a data set, and what to add to it.
+REMEDIES = {
+    "mask": "to know which pixels are the object's: set truth.masks to a folder of PNG masks or truth.boxes to a "
+    "CSV, or dataset.kind to demo",
+    "effects": "the true effects of parts, which only the demo's pictures have: set dataset.kind to demo",
+}
 
 
 def check_study(study: Study) -> None:
-    """Checks a study's model, layers, methods, target and masks.
+    """Checks a study's model, layers, methods, metrics, target, masks and what is known of its images.
 
     Raises:
         UsageError: naming the config key, what was expected and what was got.
     """
     config = study.config
+    _check_needs(config)
     device = resolve_device(config.run.device)
     model = classifier(config.model.model_dump_json(), "cpu")
     for layer in config.concepts.layers:
@@ -48,6 +48,8 @@ def check_study(study: Study) -> None:
         )
     if config.parts.parser.name == "masks":
         _check_masks(study)
+    if reads_truth(config) and config.dataset.kind != "demo":
+        check_truth(study, model)
 
 
 def _check_method(model: Classifier, choice: Choice, precision: Precision) -> None:
@@ -68,6 +70,13 @@ def _check_precision(config: StudyConfig, device: str) -> None:
         raise UsageError("run.precision: tf32 is a GPU's arithmetic; this run is on the CPU: use fp32 or bf16")
 
 
+def _check_needs(config: StudyConfig) -> None:
+    for position, choice in enumerate(config.metrics):
+        for need in metrics.get(choice.name).all_needs(options_of(metrics, choice)):
+            if need in REMEDIES and need not in known_needs(config):
+                raise UsageError(f"metrics.{position}: metric {choice.id!r} needs {REMEDIES[need]}")
+
+
 def _name_key(key: str, check) -> None:  # type: ignore[no-untyped-def]
     try:
         check()
@@ -81,29 +90,4 @@ def _check_masks(study: Study) -> None:
         raise UsageError(
             f"parts.parser: 'masks' reads files beside an image folder, got dataset.kind {dataset.kind}"
         )
-    folder = Path(str(dataset.masks))
-    if not folder.is_dir():
-        raise UsageError(f"dataset.masks: expected a folder that mirrors dataset.path, got {folder}")
-    for item in islice(open_source(dataset).items(), MASKS_CHECKED):
-        _check_mask(folder, Path(str(dataset.path)), item.reference)
-
-
-def _check_mask(folder: Path, images: Path, reference: str) -> None:
-    path = mask_path(folder, reference)
-    if not path.is_file():
-        raise UsageError(f"dataset.masks: expected a mask for every image, got none at {path}")
-    try:
-        with open_file(images / path_of(reference)) as stream, Image.open(stream) as picture:
-            expected = upright_size(picture)
-    except Exception:
-        return  # A broken image is set aside when it is read; its mask is not to blame.
-    try:
-        with Image.open(path) as mask:
-            size = mask.size
-    except OSError as error:
-        raise UsageError(f"dataset.masks: expected a mask at {path}, got something else: {error}") from None
-    if size != expected:
-        raise UsageError(
-            f"dataset.masks: expected {path} of size {expected[0]} x {expected[1]} like its image, "
-            f"got {size[0]} x {size[1]}"
-        )
+    check_mask_folder("dataset.masks", Path(str(dataset.masks)), dataset)

@@ -72,6 +72,17 @@ TABLES: dict[str, pa.Schema] = {
             ),
         ]
     ),
+    "true_masks": pa.schema(
+        [_ID, *_fields(inside=pa.int32(), outside=pa.int32(), unknown=pa.int32(), reason=pa.string())]
+    ),
+    "true_parts": pa.schema(
+        [
+            _ID,
+            *_fields(
+                part_id=pa.int16(), name=pa.string(), deciding=pa.bool_(), area=pa.int32(), effect=pa.float64()
+            ),
+        ]
+    ),
     "metrics": pa.schema(
         [_ID, *_fields(method=pa.string(), metric=pa.string(), value=pa.float64(), reason=pa.string())]
     ),

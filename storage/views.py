@@ -10,15 +10,21 @@ DESCRIPTIONS = {
     "predictions": "the model's first classes of every image, rank 1 the most probable",
     "parts": "the parts of every image: area in pixels and bounding box",
     "part_scores": "every method's score of every part, with kl_hessian's own terms",
-    "metrics": "every metric of every method on every image; value is null where the metric is undefined",
+    "true_masks": "how many of every image's pixels are the object's, or not; reason where nothing is known",
+    "true_parts": "the parts that the demo drew: pixels in sight, and what each adds to the target's logit",
+    "metrics": "every metric of every method on every image; value is null where it is undefined, reason says why",
     "curves": "the points of the perturbation curves that stand behind the metrics",
     "concepts": "the concepts of every dictionary, with its fit",
     "timings": "seconds and peak memory of every unit of work",
     "quarantine": "images that a stage could not treat, and why",
     "runs": "one row a run: state, model, config, versions",
-    "metric_info": "what every metric is: direction, bounds, definition, source",
+    "metric_info": "what every metric is: family, direction, bounds, unit, definition, source",
     "method_info": "what every method is: output, definition, equation, source",
 }
+
+
+# Stores of earlier versions tell no reasons.
+UNTOLD = "no reason kept"
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,23 @@ from manifest m left join targets t using (run_id, image_id)
 # Sums depend on the order of the rows in their last bits, so means that agree as single precision numbers tie.
 LEADERBOARD = View(
     "leaderboard",
-    "mean and standard error of every method on every metric over its defined values; rank 1 is best, equal means "
-    "share a rank; no rank without a direction or a value",
-    """
-with means as (
+    "mean and standard error of every method on every metric over its defined values, and why others are missing; "
+    "rank 1 is best, equal means share a rank; no rank without a direction or a value",
+    f"""
+with why as (
+    select run_id, method, metric, coalesce(reason, '{UNTOLD}') as reason, count(*) as images
+    from metrics
+    where value is null or not isfinite(value)
+    group by all
+),
+told as (
+    select
+        run_id, method, metric,
+        string_agg(reason || ': ' || images, '; ' order by images desc, reason) as reasons
+    from why
+    group by all
+),
+means as (
     select
         run_id, method, metric,
         favg(value) filter (isfinite(value)) as mean,
@@ -71,10 +90,10 @@ directed as (
     from means left join metric_info using (run_id, metric)
 )
 select
-    run_id, method, metric, mean, standard_error, images, nulls, higher_is_better,
+    run_id, method, metric, mean, standard_error, images, nulls, reasons, higher_is_better,
     if(higher_is_better is null or merit is null, null,
        rank() over (partition by run_id, metric order by merit desc nulls last)) as rank
-from directed
+from directed left join told using (run_id, method, metric)
 order by run_id, metric, rank nulls last, method
 """,
 )
@@ -161,4 +180,47 @@ order by p.run_id, p.metric, p.method, p.place
 """,
 )
 
-VIEWS = (IMAGES, LEADERBOARD, BEST_METHOD_PER_IMAGE, DISAGREEMENTS, WORST_IMAGES)
+# Each pair is joined once and then turned round: the join is what takes the time.
+PAIRED_DIFFERENCES = View(
+    "paired_differences",
+    "method_a minus method_b on the images where both have a value, every pair both ways round, with the normal "
+    "95 % interval of the mean; winner is the better one where the interval excludes 0",
+    """
+with pairs as (
+    select
+        a.run_id, a.metric, a.method as method_a, b.method as method_b,
+        count(*) as images,
+        favg(a.value - b.value) as mean_difference,
+        stddev_samp(a.value - b.value) / sqrt(count(*)) as standard_error
+    from metrics a join metrics b using (run_id, metric, image_id)
+    where a.method < b.method and isfinite(a.value) and isfinite(b.value)
+    group by all
+),
+both_ways as (
+    from pairs
+    union all by name
+    select
+        run_id, metric, method_b as method_a, method_a as method_b, images,
+        -mean_difference as mean_difference, standard_error
+    from pairs
+),
+bounded as (
+    select
+        *,
+        mean_difference - 1.96 * standard_error as low,
+        mean_difference + 1.96 * standard_error as high
+    from both_ways
+)
+select
+    run_id, metric, method_a, method_b, images, mean_difference, standard_error, low, high, higher_is_better,
+    case
+        when higher_is_better is null then null
+        when low > 0 then if(higher_is_better, method_a, method_b)
+        when high < 0 then if(higher_is_better, method_b, method_a)
+    end as winner
+from bounded left join metric_info using (run_id, metric)
+order by run_id, metric, method_a, method_b
+""",
+)
+
+VIEWS = (IMAGES, LEADERBOARD, PAIRED_DIFFERENCES, BEST_METHOD_PER_IMAGE, DISAGREEMENTS, WORST_IMAGES)

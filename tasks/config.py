@@ -162,6 +162,55 @@ class ModelConfig(Frozen):
         return ModelSpec(self.name, self.pretrained, self.checkpoint, dict(self.create_args), dict(self.transform))
 
 
+def _mask_values(value: Any) -> Any:
+    """Mask values on the object, for all images or by class; a class stands as text, be it a name or a number."""
+    if isinstance(value, Mapping) and value:
+        return {str(name): _listed_values(values) for name, values in value.items()}
+    return None if value is None else _listed_values(value)
+
+
+def _listed_values(value: Any) -> tuple[int, ...]:
+    given = value if isinstance(value, (list, tuple)) else ()
+    if not given or not all(type(one) is int and 0 <= one <= 255 for one in given):
+        raise ValueError(f"expected a list of mask values from 0 to 255, or such lists by class, got {value!r}")
+    return tuple(given)
+
+
+MaskValues = tuple[int, ...]
+Foreground = Annotated[MaskValues | Mapping[str, MaskValues] | None, BeforeValidator(_mask_values)]
+
+
+class TruthConfig(Frozen):
+    """Where a data set says which pixels the object is on; the demo draws its objects and knows them.
+
+    ``masks`` is a folder that mirrors ``dataset.path`` with PNG masks of one byte a pixel. ``foreground`` are the
+    values on the object: for all images, or by class (its name or number); null takes all but 0 and ``ignore``,
+    the values that nobody knows. ``boxes`` is a CSV with the columns path, x0, y0, x1, y1 and, optionally, label.
+    """
+
+    masks: str | None = None
+    foreground: Foreground = None
+    ignore: tuple[Annotated[int, Field(ge=0, le=255)], ...] = ()
+    boxes: str | None = None
+
+    @property
+    def values_on_objects(self) -> frozenset[int]:
+        """The mask values that are some class's object; empty where they are all but 0 and ``ignore``."""
+        named = self.foreground if isinstance(self.foreground, Mapping) else {"": self.foreground or ()}
+        return frozenset(value for values in named.values() for value in values)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TruthConfig:
+        if self.masks is not None and self.boxes is not None:
+            raise ValueError("expected masks or boxes, got both: remove one")
+        if self.masks is None and (self.foreground is not None or self.ignore):
+            raise ValueError("foreground and ignore are values of masks: set truth.masks to their folder")
+        both = sorted(self.values_on_objects.intersection(self.ignore))
+        if both:
+            raise ValueError(f"expected each value in foreground or in ignore, got {both} in both")
+        return self
+
+
 class PartsConfig(Frozen):
     """How images are cut into parts; ``backbone`` gives the tokens instead of the classifier."""
 
@@ -210,6 +259,7 @@ class StudyConfig(Frozen):
     dataset: DatasetConfig = DatasetConfig()
     model: ModelConfig = ModelConfig()
     target: Literal["top1", "label"] = "top1"
+    truth: TruthConfig = TruthConfig()
     parts: PartsConfig = Field(default_factory=PartsConfig)
     methods: tuple[MethodChoice, ...] = Field(
         default=("grad_cam", "integrated_gradients", "kl_hessian"),
@@ -237,6 +287,17 @@ class StudyConfig(Frozen):
                 raise ValueError(f"{name}: {', '.join(twice)} named more than once; keep one")
         if self.parts.parser.name == "masks" and self.dataset.masks is None:
             raise ValueError("parts.parser: 'masks' reads files: set dataset.masks to their folder")
+        return self
+
+    @model_validator(mode="after")
+    def _truth_fits(self) -> StudyConfig:
+        kind, truth = self.dataset.kind, self.truth
+        if kind == "demo" and (truth.masks or truth.boxes):
+            raise ValueError(
+                "truth: kind 'demo' knows what it draws: remove masks and boxes, or change dataset.kind"
+            )
+        if kind == "parquet" and truth.masks:
+            raise ValueError("truth.masks: a folder of masks mirrors an image folder, got dataset.kind parquet")
         return self
 
     def identity(self) -> dict[str, Any]:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
 
-import xai_core.metrics  # noqa: F401  (registers the metrics)
 from storage.results import Results
 from storage.store import Store
 from tasks.bootstrap import bootstrap_means
-from xai_core.registry import metrics
+from tasks.measurements import Measurements, measurements
+from tasks.metric_families import by_family, entry_of
 
 
 @dataclass(frozen=True)
 class Standing:
     """A method's mean on one metric with its 95 % bootstrap interval.
 
-    ``count`` images stand behind the mean, ``nulls`` have no defined value. ``mean`` is None without a
-    value, ``low`` and ``high`` with fewer than two; ``higher_is_better`` for a metric no longer registered.
+    ``count`` images stand behind the mean, ``nulls`` have no defined value, ``reasons`` says why and of how many.
+    ``mean`` is None without a value, ``low`` and ``high`` with fewer than two; ``higher_is_better`` for a metric
+    that is no longer registered.
     """
 
     method: str
@@ -31,6 +31,16 @@ class Standing:
     count: int
     nulls: int
     higher_is_better: bool | None
+    reasons: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Why a metric has no value on some images: the images of every method that the reason applies to."""
+
+    metric: str
+    reason: str
+    images: Mapping[str, int]
 
 
 def leaderboard(store: Store, run_id: str) -> list[Standing]:
@@ -44,36 +54,39 @@ def leaderboard(store: Store, run_id: str) -> list[Standing]:
 
 def standings(results: Results) -> list[Standing]:
     """The standings of the results of one run."""
-    rows = results.select("metrics").table("metrics")
-    if rows.num_rows == 0:
+    return standings_of(measurements(results))
+
+
+def standings_of(measured: Measurements) -> list[Standing]:
+    """The standings of one run's values, method by method."""
+    if not measured.metrics:
         return []
-    rows = rows.combine_chunks()
-    cells, cell_of_row = _cells(rows)
-    images, image_of_row = np.unique(rows["image_id"].to_numpy(), return_inverse=True)
-    values = np.full((len(images), len(cells)), np.nan)
-    values[image_of_row, cell_of_row] = rows["value"].to_numpy()
-    given = np.bincount(cell_of_row, minlength=len(cells))
+    values = np.concatenate([measured.values[metric] for metric in measured.metrics], axis=1)
+    cells = [(method, metric) for metric in measured.metrics for method in measured.methods]
+    column_of = {cell: column for column, cell in enumerate(cells)}
     means, lows, highs = bootstrap_means(values)
     counts = (~np.isnan(values)).sum(axis=0)
-    return [
-        Standing(
-            method,
-            metric,
-            _number(means[index]),
-            _number(lows[index]),
-            _number(highs[index]),
-            int(counts[index]),
-            int(given[index] - counts[index]),
-            direction(metric),
+
+    def standing(method: str, metric: str) -> Standing:
+        column, missing = column_of[method, metric], measured.missing[method, metric]
+        mean, low, high = (_number(bound[column]) for bound in (means, lows, highs))
+        why = dict(missing.most_common())
+        return Standing(
+            method, metric, mean, low, high, int(counts[column]), missing.total(), direction(metric), why
         )
-        for index, (method, metric) in enumerate(cells)
+
+    return [
+        standing(method, metric)
+        for method in measured.methods
+        for metric in measured.metrics
+        if (method, metric) in measured.missing
     ]
 
 
 def direction(metric: str) -> bool | None:
     """Whether more is better, by a metric's id; None where it is no longer registered."""
-    name = metric.split("[")[0]
-    return metrics.get(name).higher_is_better if name in metrics else None
+    entry = entry_of(metric)
+    return entry.higher_is_better if entry else None
 
 
 def best(rows: Iterable[Standing]) -> set[tuple[str, str]]:
@@ -90,15 +103,38 @@ def best(rows: Iterable[Standing]) -> set[tuple[str, str]]:
     return winners
 
 
+def gaps(rows: Iterable[Standing]) -> list[Gap]:
+    """Every reason why values are missing, metric by metric."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for row in rows:
+        reasons = found.setdefault(row.metric, {})
+        for reason, images in row.reasons.items():
+            reasons.setdefault(reason, {})[row.method] = images
+    return [Gap(metric, reason, images) for metric, reasons in found.items() for reason, images in reasons.items()]
+
+
 def arrow(higher_is_better: bool | None) -> str:
     """The direction as a sign: an arrow up, down, or nothing."""
     return {True: "↑", False: "↓", None: ""}[higher_is_better]
 
 
-def leaderboard_markdown(rows: list[Standing]) -> str:
-    """The standings as a Markdown table: methods down, metrics across, the best of each in bold."""
+def leaderboard_markdown(rows: Sequence[Standing]) -> str:
+    """The standings as Markdown, a table a family: methods down, metrics across, the best of each in bold."""
     if not rows:
         return "No metric has been measured.\n"
+    families = by_family(rows, lambda row: row.metric)
+    lines = []
+    for family, members in families:
+        lines += [f"### {family.title}", ""] if len(families) > 1 else []
+        lines += [*_markdown_table(members), ""]
+    lines += ["Mean [95 % bootstrap interval] over n images; undefined values are left out and counted."]
+    found = gaps(rows)
+    if found:
+        lines += ["", "Undefined, and on how many images:", "", *(_markdown_gap(gap) for gap in found)]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(rows: Sequence[Standing]) -> list[str]:
     names = list(dict.fromkeys(row.metric for row in rows))
     arrows = {row.metric: arrow(row.higher_is_better) for row in rows}
     winners = best(rows)
@@ -110,8 +146,7 @@ def leaderboard_markdown(rows: list[Standing]) -> str:
     for method in dict.fromkeys(row.method for row in rows):
         values = " | ".join(cells.get((method, name), "") for name in names)
         lines.append(f"| {_escape(method)} | {values} |")
-    lines += ["", "Mean [95 % bootstrap interval] over n images; undefined values are left out and counted."]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _markdown_cell(row: Standing, is_best: bool) -> str:
@@ -119,22 +154,17 @@ def _markdown_cell(row: Standing, is_best: bool) -> str:
         return f"undefined ({row.nulls})"
     number = f"**{row.mean:.3f}**" if is_best else f"{row.mean:.3f}"
     interval = "" if row.low is None or row.high is None else f" [{row.low:.3f}, {row.high:.3f}]"
-    gaps = f", {row.nulls} undefined" if row.nulls else ""
-    return f"{number}{interval} n={row.count}{gaps}"
+    missing = f", {row.nulls} undefined" if row.nulls else ""
+    return f"{number}{interval} n={row.count}{missing}"
+
+
+def _markdown_gap(gap: Gap) -> str:
+    methods = ", ".join(f"{_escape(method)} {images}" for method, images in gap.images.items())
+    return f"- {_escape(gap.metric)}: {_escape(gap.reason)}: {methods}"
 
 
 def _escape(text: str) -> str:
     return text.replace("|", r"\|").replace("_", r"\_").replace("*", r"\*").replace("<", "&lt;")
-
-
-def _cells(rows: pa.Table) -> tuple[list[tuple[str, str]], np.ndarray]:
-    """The distinct (method, metric) pairs in order of appearance and the position of every row's pair."""
-    method = rows["method"].combine_chunks().dictionary_encode()
-    metric = rows["metric"].combine_chunks().dictionary_encode()
-    names, others = method.dictionary.to_pylist(), metric.dictionary.to_pylist()
-    code = method.indices.to_numpy().astype(np.int64) * len(others) + metric.indices.to_numpy()
-    present, position = np.unique(code, return_inverse=True)
-    return [(names[one // len(others)], others[one % len(others)]) for one in present], position
 
 
 def _number(value: float) -> float | None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from storage.canonical import digest_file
 from storage.schema import rows_to_table
 from tasks.concept_fit import fit_of, read_fitted
-from tasks.config import options_of
+from tasks.config import StudyConfig, options_of
 from tasks.labels import images_with_map, images_with_parts, read_maps, read_part_labels
 from tasks.stage import Context, Outcome, Stage
 from tasks.targets import predicted_pictures, read_targets
+from tasks.truth import NEEDS, read_truth, reads_truth
 from tasks.worker import Pictures, study_classifier
 from xai_core.attribution.explainer import Explainer
 from xai_core.batching import Batches, try_batches
-from xai_core.errors import ImageError, NotFinite
+from xai_core.errors import ImageError, NotFinite, UsageError
 from xai_core.metrics import Evaluation, Evidence, evaluate, join_evaluations
 from xai_core.registry import methods, metrics
 
@@ -37,7 +43,8 @@ def run(context: Context) -> Outcome:
     kept = pictures.take([row for row in batches.rows if row not in failed])
     positions = [position for position in range(len(batches.rows)) if position not in broken]
     context.commit.table("metrics", _metric_rows(method, kept.image_ids, evaluation, positions))
-    context.commit.table("curves", _curve_rows(method, kept.image_ids, evaluation, positions))
+    if evaluation.curves:
+        context.commit.table("curves", _curve_rows(method, kept.image_ids, evaluation, positions))
     return Outcome(pictures.given, len(kept), (*pictures.bad, *pictures.as_bad(failed)))
 
 
@@ -52,23 +59,48 @@ def _evaluate(context: Context, method: str, pictures: Pictures) -> Batches[Eval
     scores = _part_scores(context, method, pictures.image_ids)
     chosen = [(metrics.get(choice.name), options_of(metrics, choice)) for choice in config.metrics]
     explainer = _explainer(context, method)
-    return try_batches(
-        lambda rows: evaluate(
-            Evidence(
-                model,
-                pictures.inputs[rows],
-                targets[rows],
-                maps[rows],
-                parts=labels[rows],
-                part_scores=None if scores is None else scores[rows],
-                explainer=explainer,
-                batch_size=config.run.batch_size,
-                precision=config.run.precision,
-            ),
-            chosen,
-        ),
-        len(pictures),
-        len(pictures),
+    truth, unknown = read_truth(context, pictures)
+    of_truth = [
+        one.id
+        for one, (entry, options) in zip(config.metrics, chosen, strict=True)
+        if not set(NEEDS).isdisjoint(entry.all_needs(options))
+    ]
+
+    def measure(rows: slice) -> Evaluation:
+        evidence = Evidence(
+            model,
+            pictures.inputs[rows],
+            targets[rows],
+            maps[rows],
+            parts=labels[rows],
+            part_scores=None if scores is None else scores[rows],
+            truth=truth.of(rows),
+            explainer=explainer,
+            batch_size=config.run.batch_size,
+            precision=config.run.precision,
+        )
+        return _where_known(evaluate(evidence, chosen), of_truth, unknown[rows])
+
+    return try_batches(measure, len(pictures), len(pictures))
+
+
+def _where_known(evaluation: Evaluation, of_truth: Sequence[str], unknown: Sequence[str | None]) -> Evaluation:
+    """The same without values ``of_truth`` that nobody knows; ``unknown`` says why, None where they are known."""
+    nowhere = torch.tensor([reason is not None for reason in unknown])
+    values = {
+        name: torch.where(nowhere.to(evaluation.values[name].device), torch.nan, evaluation.values[name])
+        for name in of_truth
+    }
+    broken = {name: evaluation.broken[name] & ~nowhere.to(evaluation.broken[name].device) for name in of_truth}
+    reasons = {
+        name: tuple(why or told for why, told in zip(unknown, evaluation.reasons[name], strict=True))
+        for name in of_truth
+    }
+    return replace(
+        evaluation,
+        values={**evaluation.values, **values},
+        reasons={**evaluation.reasons, **reasons},
+        broken={**evaluation.broken, **broken},
     )
 
 
@@ -152,12 +184,26 @@ def _curve_rows(  # type: ignore[no-untyped-def]
     )
 
 
+def _checkpoints(config: StudyConfig) -> list[str]:
+    """Digests of the files that metrics read, so that other weights under the same name are noticed.
+
+    Raises:
+        UsageError: such a file is missing.
+    """
+    named = {choice.id: choice.options.get("checkpoint") for choice in config.metrics}
+    missing = [f"{name} reads {path}" for name, path in named.items() if path and not Path(path).is_file()]
+    if missing:
+        raise UsageError(f"metrics: expected the file of a checkpoint, got none: {'; '.join(missing)}")
+    return [digest_file(Path(path)) for path in named.values() if path]
+
+
 STAGE = Stage(
     name="metrics",
     version=3,
     run=run,
     reads=lambda study, variant: {
         "metrics": [choice.model_dump(mode="json") for choice in study.config.metrics],
+        "checkpoints": _checkpoints(study.config),
         "precision": study.config.run.precision,
     },
     upstream=lambda study, variant: (
@@ -165,6 +211,7 @@ STAGE = Stage(
         ("predict", ""),
         ("parts", ""),
         ("attribute", variant),
+        *((("truth", ""),) if reads_truth(study.config) else ()),
         *((("fit", fit),) if (fit := fit_of(study.config, variant)) is not None else ()),
     ),
     variants=lambda study: tuple(choice.id for choice in study.config.methods) if study.config.metrics else (),

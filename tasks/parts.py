@@ -66,7 +66,7 @@ def _masks(context: Context, pictures: Pictures) -> tuple[Tensor | None, list[in
     if "masks" not in parsers.get(context.config.parts.parser.name).needs:
         return None, list(range(len(pictures))), []
     folder = Path(str(context.config.dataset.masks))
-    sizes = _sizes(context)
+    sizes = picture_sizes(context)
     model = study_classifier(context)
     masks, kept, bad = [], [], []
     for index, (image_id, path) in enumerate(zip(pictures.image_ids.tolist(), pictures.paths, strict=True)):
@@ -79,7 +79,8 @@ def _masks(context: Context, pictures: Pictures) -> tuple[Tensor | None, list[in
     return torch.stack(masks) if masks else empty, kept, bad
 
 
-def _sizes(context: Context) -> dict[int, tuple[int, int]]:
+def picture_sizes(context: Context) -> dict[int, tuple[int, int]]:
+    """Width and height of the shard's upright pictures by image id."""
     manifest = context.store.read_table(context.record("manifest"), "manifest").to_pylist()
     return {row["image_id"]: (row["width"], row["height"]) for row in manifest}
 

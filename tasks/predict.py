@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from storage.schema import rows_to_table
+from tasks.config import DatasetConfig
 from tasks.stage import Context, Outcome, Stage
 from tasks.worker import load_pictures, study_classifier
 from xai_core.batching import try_batches
@@ -54,12 +55,17 @@ def _predict_logits(
 
 
 def class_names(context: Context, model: Classifier) -> tuple[str, ...]:
+    """Readable names of the model's classes, see :func:`names_of_classes`."""
+    return names_of_classes(context.config.dataset, model, bool(context.work.facts["labels_are_classes"]))
+
+
+def names_of_classes(dataset: DatasetConfig, model: Classifier, labels_are_classes: bool) -> tuple[str, ...]:
     """Readable names of the model's classes: timm's, else the data set's, else their numbers."""
     from tasks.sources import open_source
 
     names = model.class_names
-    if names is None and context.work.facts["labels_are_classes"]:
-        names = open_source(context.config.dataset).class_names
+    if names is None and labels_are_classes:
+        names = open_source(dataset).class_names
     if names is None or len(names) < model.num_classes:
         return tuple(str(index) for index in range(model.num_classes))
     return names

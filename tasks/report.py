@@ -12,12 +12,12 @@ from markupsafe import Markup
 
 from storage.commits import KEY_CHARACTERS
 from tasks import report_data
-from tasks.leaderboard import standings
 from tasks.report_curves import mean_curves
 from tasks.report_data import Committed
-from tasks.report_figures import MOST_BANDS, curve_charts, legend
+from tasks.report_figures import MOST_BANDS, curve_charts, in_groups, legend
 from tasks.report_gallery import gallery
-from tasks.report_leaderboard import leaderboard_columns, verdict
+from tasks.report_leaderboard import board_of
+from tasks.report_truth import read_truth_table, signed
 from tasks.stage import Context, Outcome, Stage
 from tasks.study import Study
 
@@ -35,7 +35,6 @@ def render(context: Context) -> str:
     """The page as HTML."""
     committed = Committed(context)
     entries = legend([choice.id for choice in context.config.methods])
-    rows = standings(committed.results)
     charts = curve_charts(mean_curves(committed.results), entries)
     cards, unreadable = gallery(context, committed.results)
     set_aside, set_aside_rows, set_aside_images = report_data.quarantined(committed)
@@ -47,11 +46,11 @@ def render(context: Context) -> str:
         run_id=context.work.facts["run_id"],
         run=committed.run,
         counts=report_data.image_counts(committed),
-        columns=leaderboard_columns(rows, [entry.method for entry in entries]),
-        verdict=verdict(rows),
+        board=board_of(committed.results, [entry.method for entry in entries]),
+        truth=read_truth_table(committed.results, [choice.id for choice in context.config.metrics]),
         legend=entries,
         most_bands=MOST_BANDS,
-        charts=charts,
+        charts=in_groups(charts),
         figures=_script_json([json.loads(chart.json) for chart in charts]),
         plotly=_plotly() if charts else "",
         cards=cards,
@@ -82,7 +81,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(seconds=_seconds, memory=_memory)
+    environment.filters.update(seconds=_seconds, memory=_memory, signed=signed)
     return environment.get_template("report.html.j2")
 
 
@@ -126,7 +125,7 @@ def everything(study: Study, variant: str) -> tuple[tuple[str, str], ...]:
 
 STAGE = Stage(
     name="report",
-    version=2,
+    version=3,
     run=run,
     reads=lambda study, variant: {"run_id": study.run_id},
     upstream=everything,

@@ -1,4 +1,4 @@
-"""Mean perturbation curves with their uncertainty, gathered shard by shard: memory does not grow with images."""
+"""Mean curves of all metrics with their uncertainty, gathered shard by shard: memory does not grow with images."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from storage.results import Results
+from tasks.curve_kinds import place_of
 
 # Curves of images with different numbers of parts have different steps; they meet on one grid.
 GRID = np.linspace(0.0, 1.0, 101)
-
-KINDS = ("insertion", "deletion", "part_insertion", "part_deletion")
 
 # Two-sided 95 % of the normal distribution.
 Z95 = 1.96
@@ -20,24 +19,34 @@ Z95 = 1.96
 
 @dataclass
 class MeanCurve:
-    """The mean of one method's curves over images, on ``GRID``, and the sums that it is made of."""
+    """The mean of one method's curves over images, on ``GRID``, and the sums that it is made of.
+
+    A curve says nothing before its first step and after its last: ``reached`` counts the images there.
+    """
 
     method: str
     curve: str
     count: int = 0
+    reached: np.ndarray = field(default_factory=lambda: np.zeros(len(GRID), dtype=np.int64))
     total: np.ndarray = field(default_factory=lambda: np.zeros(len(GRID)))
     squares: np.ndarray = field(default_factory=lambda: np.zeros(len(GRID)))
 
     def add(self, values: np.ndarray) -> None:
-        """Takes in curves ``[n, len(GRID)]``."""
+        """Takes in curves ``[n, len(GRID)]``, NaN where they do not reach."""
         self.count += len(values)
-        self.total += values.sum(axis=0)
-        self.squares += (values**2).sum(axis=0)
+        self.reached += np.isfinite(values).sum(axis=0)
+        self.total += np.nansum(values, axis=0)
+        self.squares += np.nansum(values**2, axis=0)
+
+    @property
+    def covered(self) -> np.ndarray:
+        """The points of the grid that the curves of all images reach: elsewhere the mean is another set's."""
+        return self.reached == self.count
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean probability at every point of the grid."""
-        return self.total / self.count
+        """Mean value at every point of the grid; NaN where it is not covered."""
+        return np.where(self.covered, self.total, np.nan) / self.count
 
     @property
     def margin(self) -> np.ndarray:
@@ -49,7 +58,7 @@ class MeanCurve:
 
 
 def mean_curves(results: Results) -> list[MeanCurve]:
-    """Mean curves of all methods of a run, insertion first, part curves last."""
+    """Mean curves of all methods of a run, kind by kind."""
     found: dict[tuple[str, str], MeanCurve] = {}
     for record, table in results.select("metrics").tables("curves"):
         columns = {name: table[name].to_numpy() for name in ("image_id", "fraction", "prob")}
@@ -60,27 +69,27 @@ def mean_curves(results: Results) -> list[MeanCurve]:
             mean = found.setdefault((method, name), MeanCurve(method, name))
             for values in _on_grid(*(column[rows] for column in columns.values())):
                 mean.add(values)
-    return sorted(found.values(), key=lambda one: (_kind(one.curve), one.curve))
-
-
-def _kind(curve: str) -> int:
-    stem = curve.split("[")[0]
-    return KINDS.index(stem) if stem in KINDS else len(KINDS)
+    return sorted(found.values(), key=lambda one: (place_of(one.curve), one.curve))
 
 
 def _on_grid(image_id: np.ndarray, fraction: np.ndarray, prob: np.ndarray) -> Iterator[np.ndarray]:
-    """Curves on the grid, ``[n, len(GRID)]`` for every length of curve: those of one length share their steps."""
+    """Curves on the grid, ``[n, len(GRID)]`` for every length of curve."""
     _, owner, points = np.unique(image_id, return_inverse=True, return_counts=True)
     order = np.lexsort((fraction, owner))
     fraction, prob, length = fraction[order], prob[order].astype(np.float64), points[owner[order]]
     for count in np.unique(points):
-        x = fraction[length == count].reshape(-1, count)[0]
-        yield _interpolate(x, prob[length == count].reshape(-1, count))
+        rows = length == count
+        yield _interpolate(fraction[rows].reshape(-1, count), prob[rows].reshape(-1, count))
 
 
 def _interpolate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Straight lines between the points ``x`` ``[p]`` of all curves ``y`` ``[n, p]``."""
-    right = np.clip(np.searchsorted(x, GRID), 1, len(x) - 1)
-    width = np.maximum(x[right] - x[right - 1], 1e-12)
-    share = np.clip((GRID - x[right - 1]) / width, 0.0, 1.0)
-    return y[:, right - 1] * (1.0 - share) + y[:, right] * share
+    """Straight lines between the points of curves ``x``, ``y`` ``[n, p]``; NaN beyond their ends."""
+    before = (x[:, None, :] < GRID[:, None]).sum(axis=2)
+    right = np.clip(before, min(1, x.shape[1] - 1), x.shape[1] - 1)
+    left = np.maximum(right - 1, 0)
+    x0, x1, y0, y1 = (np.take_along_axis(of, at, axis=1) for of in (x, y) for at in (left, right))
+    share = np.clip((GRID - x0) / np.maximum(x1 - x0, 1e-12), 0.0, 1.0)
+    # A curve that ends at 1 may end a rounding error before it.
+    first, last = x[:, :1] - 1e-6, x[:, -1:] + 1e-6
+    inside = (first <= GRID) & (last >= GRID)
+    return np.where(inside, y0 * (1.0 - share) + y1 * share, np.nan)

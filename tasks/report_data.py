@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from storage.commits import KEY_CHARACTERS, CommitRecord, Unit
 from storage.results import Results
 from storage.runs import RunRecord
+from tasks.metric_families import interval
 from tasks.quarantine_rows import merged_rows
 from tasks.stage import Context
 from xai_core.concepts.dictionary import OVERCOMPLETENESS, default_atoms
@@ -191,7 +192,9 @@ def metric_facts(committed: Committed) -> list[dict[str, str]]:
         {
             "id": choice.id,
             "definition": entry.definition,
-            "direction": "higher is better" if entry.higher_is_better else "lower is better",
+            "direction": "higher" if entry.higher_is_better else "lower",
+            "bounds": interval(entry.bounds),
+            "unit": entry.unit,
             "undefined": entry.undefined,
             "source": entry.paper,
         }

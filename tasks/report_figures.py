@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
+from tasks.curve_kinds import UNKNOWN, CurveGroup, CurveKind, kind_of
 from tasks.report_curves import GRID, MeanCurve
 
 # Okabe and Ito's palette, without its yellow, which is too pale on white.
@@ -15,22 +17,13 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 MOST_BANDS = 6
 DASHES = ("solid", "dash", "dot", "dashdot")
 
-TITLES = {
-    "insertion": ("Insertion", "pixels revealed, most relevant first", "higher curve is better"),
-    "deletion": ("Deletion", "pixels replaced, most relevant first", "lower curve is better"),
-    "part_insertion": ("Part insertion", "parts revealed, highest score first", "higher curve is better"),
-    "part_deletion": ("Part deletion", "parts replaced, highest score first", "lower curve is better"),
-}
-
 
 @dataclass(frozen=True)
 class Chart:
     """A figure's JSON with what stands above it and what a reader who does not see it is told."""
 
-    title: str
+    kind: CurveKind
     variant: str
-    subtitle: str
-    direction: str
     description: str
     json: str
 
@@ -56,41 +49,75 @@ def curve_charts(curves: Sequence[MeanCurve], entries: Sequence[LegendEntry]) ->
     """One chart for every kind of curve, all methods in it."""
     line_of = {entry.method: entry for entry in entries}
     names = list(dict.fromkeys(one.curve for one in curves))
-    # One height for all charts: they are compared with each other.
-    top = max((min(1.0, float((one.mean + one.margin).max())) for one in curves), default=1.0) * 1.04
-    return [_chart(name, [one for one in curves if one.curve == name], line_of, top) for name in names]
+    ranges = _ranges(curves)
+    return [
+        _chart(name, [one for one in curves if one.curve == name], line_of, ranges[_scale(name)]) for name in names
+    ]
 
 
-def _chart(name: str, curves: list[MeanCurve], line_of: dict[str, LegendEntry], top: float) -> Chart:
+def in_groups(charts: Sequence[Chart]) -> list[tuple[CurveGroup, list[Chart]]]:
+    """Charts under their headings."""
+    return [(group, list(members)) for group, members in groupby(charts, key=lambda chart: chart.kind.group)]
+
+
+def _scale(curve: str) -> tuple[CurveGroup, str, str]:
+    """What curves share that are compared with each other: then their charts have one height."""
+    kind = kind_of(curve)
+    return kind.group, kind.value, kind.title if kind.group is UNKNOWN else ""
+
+
+def _ranges(curves: Sequence[MeanCurve]) -> dict[tuple[CurveGroup, str, str], tuple[float, float]]:
+    """The range of the y axis by scale: from 0 or the lowest band to a little above the highest."""
+    found: dict[tuple[CurveGroup, str, str], tuple[float, float]] = {}
+    for one in curves:
+        low, high = _ends(one)
+        floor, top = found.get(_scale(one.curve), (0.0, 0.0))
+        found[_scale(one.curve)] = (float(np.nanmin([floor, *low])), float(np.nanmax([top, *high])))
+    return {
+        scale: (floor - 0.04 * (top - floor) * (floor < 0), top + 0.04 * (top - floor))
+        for scale, (floor, top) in found.items()
+    }
+
+
+def _ends(curve: MeanCurve) -> tuple[np.ndarray, np.ndarray]:
+    """The band about a mean curve, within what values can be."""
+    bounds = kind_of(curve.curve).bounds
+    return np.clip(curve.mean - curve.margin, *bounds), np.clip(curve.mean + curve.margin, *bounds)
+
+
+def _chart(
+    name: str, curves: list[MeanCurve], line_of: dict[str, LegendEntry], span: tuple[float, float]
+) -> Chart:
     from plotly import graph_objects
 
-    figure = graph_objects.Figure(layout=_layout(top, parts=name.startswith("part_")))
+    kind = kind_of(name)
+    figure = graph_objects.Figure(layout=_layout(kind, span))
     for one in curves:
         mean, band = _mean(one, line_of[one.method]), _band(one, line_of[one.method])
         figure.add_traces([band, mean] if len(curves) <= MOST_BANDS else [mean])
-    stem, _, variant = name.partition("[")
-    title, subtitle, better = TITLES.get(stem, (stem, "", ""))
-    ends = "; ".join(
-        f"{one.method} from {one.mean[0]:.2f} over {one.mean[len(GRID) // 2]:.2f} half-way to {one.mean[-1]:.2f}"
-        for one in curves
-    )
+    ends = "; ".join(f"{one.method} {_told(one.mean[one.covered])}" for one in curves)
     return Chart(
-        title,
-        variant.rstrip("]"),
-        subtitle,
-        better,
-        f"{title} curves, mean probability of the target class: {ends}.",
+        kind,
+        name.partition("[")[2].rstrip("]"),
+        f"{kind.title} curves, mean {kind.value} by {kind.share}: {ends}.",
         figure.to_json(),
     )
+
+
+def _told(mean: np.ndarray) -> str:
+    """A curve in words."""
+    if not len(mean):
+        return "on no common point"
+    return f"from {mean[0]:.2f} over {mean[len(mean) // 2]:.2f} half-way to {mean[-1]:.2f}"
 
 
 def _band(curve: MeanCurve, line: LegendEntry) -> object:
     from plotly import graph_objects
 
-    low = np.clip(curve.mean - curve.margin, 0.0, 1.0)
-    high = np.clip(curve.mean + curve.margin, 0.0, 1.0)
+    low, high = (end[curve.covered] for end in _ends(curve))
+    x = GRID[curve.covered]
     return graph_objects.Scatter(
-        x=[*_rounded(GRID), *_rounded(GRID[::-1])],
+        x=[*_rounded(x), *_rounded(x[::-1])],
         y=[*_rounded(high), *_rounded(low[::-1])],
         fill="toself",
         fillcolor=f"rgba({', '.join(str(int(line.colour[i : i + 2], 16)) for i in (1, 3, 5))}, 0.16)",
@@ -104,8 +131,8 @@ def _mean(curve: MeanCurve, line: LegendEntry) -> object:
     from plotly import graph_objects
 
     return graph_objects.Scatter(
-        x=_rounded(GRID),
-        y=_rounded(curve.mean),
+        x=_rounded(GRID[curve.covered]),
+        y=_rounded(curve.mean[curve.covered]),
         mode="lines",
         line={"color": line.colour, "width": 2.2, "dash": line.dash},
         # Plotly reads a few tags in names: a method's id must stay text.
@@ -115,7 +142,7 @@ def _mean(curve: MeanCurve, line: LegendEntry) -> object:
     )
 
 
-def _layout(top: float, *, parts: bool) -> dict[str, object]:
+def _layout(kind: CurveKind, span: tuple[float, float]) -> dict[str, object]:
     axis = {"zeroline": False, "fixedrange": True, "ticks": "", "automargin": True}
     return {
         "template": None,
@@ -127,7 +154,7 @@ def _layout(top: float, *, parts: bool) -> dict[str, object]:
         "font": {"family": "system-ui, sans-serif", "size": 12},
         "xaxis": {
             **axis,
-            "title": {"text": f"share of {'parts' if parts else 'pixels'}", "standoff": 8},
+            "title": {"text": kind.share, "standoff": 8},
             "tickformat": ".0%",
             "hoverformat": ".0%",
             "range": [0, 1],
@@ -136,8 +163,8 @@ def _layout(top: float, *, parts: bool) -> dict[str, object]:
         },
         "yaxis": {
             **axis,
-            "title": {"text": "p(target)", "standoff": 8},
-            "range": [0, round(top, 4)],
+            "title": {"text": kind.value, "standoff": 8},
+            "range": [round(end, 4) for end in span],
             "nticks": 6,
             "hoverformat": ".3f",
         },

@@ -1,11 +1,18 @@
-"""The leaderboard as the report shows it: metric by metric, intervals on one scale, the best marked."""
+"""The leaderboard as the report shows it: family by family, intervals on one scale, the best marked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tasks.leaderboard import Standing, arrow, best
+from storage.results import Results
+from tasks.bootstrap import RESAMPLES
+from tasks.leaderboard import Gap, Standing, arrow, best, gaps, standings_of
+from tasks.measurements import measurements
+from tasks.metric_families import Family, by_family
+from tasks.paired import duels, paired_differences
+from tasks.report_overview import Overview, overview
+from tasks.report_paired import DuelRow, PairTable, claims, duel_rows, pair_table
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,11 @@ class Cell:
     mean: float
     high: float
 
+    @property
+    def why(self) -> str:
+        """Why values are missing, as one line."""
+        return "; ".join(f"{reason}: {images}" for reason, images in self.standing.reasons.items())
+
 
 @dataclass(frozen=True)
 class Column:
@@ -27,6 +39,60 @@ class Column:
     arrow: str
     direction: str
     cells: dict[str, Cell | None]
+
+
+@dataclass(frozen=True)
+class GapRow:
+    """A reason for missing values of a metric, with the methods that it applies to in words."""
+
+    metric: str
+    reason: str
+    methods: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A family of metrics: its columns, its pairs and what is missing."""
+
+    family: Family
+    columns: list[Column]
+    pairs: list[PairTable]
+    gaps: list[GapRow]
+
+
+@dataclass(frozen=True)
+class Board:
+    """All that the report shows of the leaderboard."""
+
+    methods: list[str]
+    sections: list[Section]
+    overview: Overview | None
+    duels: list[DuelRow]
+    verdict: str
+    pairs: int
+    resamples: int = RESAMPLES
+
+
+def board_of(results: Results, methods: Sequence[str]) -> Board:
+    """The leaderboard of a run, the methods in the order given."""
+    measured = measurements(results)
+    rows, differences = standings_of(measured), paired_differences(measured)
+    found = duels(differences)
+    by_metric = {metric: [one for one in differences if one.metric == metric] for metric in measured.metrics}
+    sections = []
+    for family, members in by_family(rows, lambda row: row.metric):
+        columns = leaderboard_columns(members, methods)
+        pairs = [pair_table(column.metric, members, by_metric[column.metric]) for column in columns]
+        missing = [_gap_row(gap, methods) for gap in gaps(members)]
+        sections.append(Section(family, columns, [table for table in pairs if table], missing))
+    return Board(
+        list(methods),
+        sections,
+        overview(rows, differences),
+        duel_rows(found),
+        " ".join(sentence for sentence in (verdict(rows), claims(leaders(rows), found)) if sentence),
+        len(measured.methods) * (len(measured.methods) - 1) // 2,
+    )
 
 
 def leaderboard_columns(rows: Sequence[Standing], methods: Sequence[str]) -> list[Column]:
@@ -57,17 +123,29 @@ def _cell(row: Standing, is_best: bool, floor: float, width: float) -> Cell:
     return Cell(row, is_best, place(row.low), place(row.mean), place(row.high))
 
 
+def _gap_row(gap: Gap, methods: Sequence[str]) -> GapRow:
+    counts = set(gap.images.values())
+    if len(gap.images) == len(methods) > 1 and len(counts) == 1:
+        return GapRow(gap.metric, gap.reason, f"every method: {counts.pop()}")
+    named = ", ".join(f"{method}: {images}" for method, images in gap.images.items())
+    return GapRow(gap.metric, gap.reason, named)
+
+
+def leaders(rows: Sequence[Standing]) -> list[str]:
+    """The methods with the most best means; none where nothing is compared."""
+    won = [method for method, _ in best(rows)]
+    most = max((won.count(method) for method in won), default=0)
+    return [method for method in dict.fromkeys(row.method for row in rows) if most and won.count(method) == most]
+
+
 def verdict(rows: Sequence[Standing]) -> str:
     """One sentence: which method has the best mean on how many metrics; empty where nothing is compared."""
     winners = best(rows)
     metrics = {metric for _, metric in winners}
     if not metrics:
         return ""
-    won = {
-        method: sum(one == method for one, _ in winners) for method in dict.fromkeys(row.method for row in rows)
-    }
-    most = max(won.values())
-    leaders = [method for method, count in won.items() if count == most]
-    verb = "has" if len(leaders) == 1 else "each have"
+    first = leaders(rows)
+    count = sum(method == first[0] for method, _ in winners)
+    verb = "has" if len(first) == 1 else "each have"
     noun = "metric" if len(metrics) == 1 else "metrics"
-    return f"{' and '.join(leaders)} {verb} the best mean on {most} of {len(metrics)} {noun}."
+    return f"{' and '.join(first)} {verb} the best mean on {count} of {len(metrics)} {noun}."

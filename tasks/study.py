@@ -110,13 +110,16 @@ class Study:
     @cached_property
     def masks(self) -> str | None:
         """A digest over names, sizes and times of the mask files, or None: an edited mask is noticed."""
-        folder = self.config.dataset.masks
-        if folder is None:
-            return None
-        files = sorted(path for path in Path(folder).rglob("*.png"))
-        return digest_json(
-            [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        )
+        return _digest_masks(self.config.dataset.masks)
+
+    @cached_property
+    def truth_files(self) -> str | None:
+        """A digest of the files that ``truth`` names: of masks as of :attr:`masks`, of boxes the whole table."""
+        truth = self.config.truth
+        if truth.boxes is None:
+            return _digest_masks(truth.masks)
+        # The plan is made before the study is checked: a table that is not there is refused then.
+        return digest_file(Path(truth.boxes)) if Path(truth.boxes).is_file() else None
 
     @cached_property
     def labels_are_classes(self) -> bool:
@@ -132,6 +135,15 @@ class Study:
     def facts(self) -> Mapping[str, Any]:
         """What shard functions need to know beside the config."""
         return {"labels_are_classes": self.labels_are_classes}
+
+
+def _digest_masks(folder: str | None) -> str | None:
+    if folder is None:
+        return None
+    files = sorted(path for path in Path(folder).rglob("*.png"))
+    return digest_json(
+        [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    )
 
 
 def describe_model(config: ModelConfig, store: Store) -> dict[str, Any]:

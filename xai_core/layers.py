@@ -83,6 +83,8 @@ def per_class(
     classes: Tensor,
     tensors: Sequence[Tensor],
     reduce: Callable[[Sequence[Tensor]], Tensor],
+    *,
+    create_graph: bool = False,
 ) -> Tensor:
     """What ``reduce`` makes of each class's gradients: one backward a class through one graph.
 
@@ -93,6 +95,7 @@ def per_class(
         logits: ``[B, C]`` with their graph; classes: ``[B, K]`` class indices.
         tensors: what the gradients are taken with respect to; one that feeds no logit has a gradient of zeros.
         reduce: called with one class's gradients, shaped as ``tensors``; gives ``[B, ...]``.
+        create_graph: whether the gradients can be differentiated in their turn.
 
     Returns:
         ``[B, K, ...]``.
@@ -104,7 +107,12 @@ def per_class(
             score = logits.gather(1, classes[:, position : position + 1]).sum()
         last = position == count - 1
         gradients = torch.autograd.grad(
-            score, tensors, retain_graph=not last, allow_unused=True, materialize_grads=True
+            score,
+            tensors,
+            retain_graph=create_graph or not last,
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
         )
         reduced.append(reduce(gradients))
     return torch.stack(reduced, dim=1)
@@ -128,6 +136,22 @@ def as_map(model: Classifier, activation: Tensor, layer: str) -> Tensor:
         f"layer {layer!r}: expected an output with spatial positions ([B, C, h, w], or [B, tokens, C] with "
         f"{model.spec.name}'s token grid), got shape {tuple(activation.shape)}; name a layer before the pooling"
     )
+
+
+def stage_layer(model: Classifier, reduction: int) -> str:
+    """The last layer of a network of maps whose features have a ``reduction``-th of the input's side.
+
+    Raises:
+        UsageError: timm knows of no such stage.
+    """
+    stages = [entry for entry in getattr(model.module, "feature_info", None) or [] if entry.get("module")]
+    found = [entry["module"] for entry in stages if entry["reduction"] == reduction]
+    if not found:
+        known = ", ".join(str(entry["reduction"]) for entry in stages) or "none"
+        raise UsageError(
+            f"{model.spec.name}: expected a stage at 1/{reduction} of the input's side, got stages at 1/ {known}"
+        )
+    return str(found[-1])
 
 
 def default_cam_layer(model: Classifier, stage: Stage = "high") -> str | None:

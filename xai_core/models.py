@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -147,7 +148,13 @@ class Classifier:
 
         geometry = {key: self.data_config[key] for key in ("input_size", "crop_pct", "crop_mode")}
         return create_transform(
-            **geometry, interpolation="nearest", is_training=False, use_prefetcher=True, normalize=False
+            **geometry,
+            # What a border adds to the picture belongs to no object: 255.
+            mean=(1.0, 1.0, 1.0),
+            interpolation="nearest",
+            is_training=False,
+            use_prefetcher=True,
+            normalize=False,
         )
 
     def preprocess(self, picture: Any) -> Tensor:
@@ -155,8 +162,12 @@ class Classifier:
         return self._transform(picture.convert("RGB"))
 
     def preprocess_mask(self, mask: Any) -> Tensor:
-        """A PIL mask (mode L) through the same geometry, nearest neighbour: integer ``[H, W]``."""
-        return torch.as_tensor(self._mask_transform(mask)).reshape(self.input_size).to(torch.int64)
+        """A PIL mask of one byte a pixel through the same geometry, nearest neighbour: integer ``[H, W]``."""
+        from PIL import Image
+
+        plane = Image.fromarray(np.asarray(mask, dtype=np.uint8))
+        planes = self._mask_transform(Image.merge("RGB", (plane, plane, plane)))
+        return torch.as_tensor(planes)[0].to(torch.int64)
 
     def normalise(self, pictures: Tensor) -> Tensor:
         """Pictures in [0, 1], ``[B, 3, H, W]``, to the model's input space."""

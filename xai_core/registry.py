@@ -55,6 +55,8 @@ class MethodEntry(Entry):
     fused_attention: Literal["kept", "off"] = "kept"
     # Whether the method may run under bf16; one that may not is refused there.
     half_precision: bool = True
+    # Whether its maps can be differentiated by the images, exactly, where these require gradients.
+    differentiable: bool = False
     # What the method hands out beside the map under its options: names, and their dimensions behind the image's.
     arrays: Callable[[Any], Mapping[str, tuple[str, ...]]] = field(default=lambda options: {})
     # The method that this one is computed from under its options, with that method's own options.
@@ -84,7 +86,13 @@ class MetricEntry(Entry):
     unit: str = ""
     undefined: str = ""
     needs: tuple[Need, ...] = ()
+    # What it reads beside those under some of its options.
+    also_needs: Callable[[Any], tuple[Need, ...]] = field(default=lambda options: ())
     cost: str = ""
+
+    def all_needs(self, options: Any) -> tuple[Need, ...]:
+        """What the metric reads beside the map under these options."""
+        return (*self.needs, *self.also_needs(options))
 
 
 @dataclass(frozen=True)

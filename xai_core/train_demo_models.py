@@ -1,10 +1,15 @@
 """Train the packaged demo models from nothing but seeds.
 
-    python -m xai_core.train_demo_models [--model NAME|all] [--seed 0] [--steps N] [--threads 1] [--resume]
+    python -m xai_core.train_demo_models [--model NAME|all] [--seed 0] [--steps N] [--threads 1]
+                                         [--resume | --shuffle-labels]
 
 Besides the class, the penultimate feature map learns which deciding part shows in each of its cells. This
 guide lets so small a vision transformer learn within minutes; its layer is dropped before the weights are
 saved. The same options give the same weights on the same hardware and library versions.
+
+With `--shuffle-labels` the model learns few pictures, whose labels and guides are other pictures', by heart:
+what the metric `randomisation` compares with under its test `labels`. These weights go to
+NAME-shuffled-labels.safetensors in the working directory, and the packaged ones stay.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import math
 import multiprocessing
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import timm
@@ -30,6 +36,8 @@ from xai_core.synthetic import CLASSES, IMAGE_SIZE, Rendered, render
 HELD_OUT_SEED = 7
 HELD_OUT_PICTURES = 2000
 TRAINING_PICTURES = 18_000
+# Few enough to be learnt by heart.
+SHUFFLED_PICTURES = 256
 _FIRST_TRAINING_SEED = 1000
 _BATCH = 32
 _CELL = 16
@@ -39,10 +47,11 @@ _GUIDE_NAMES = tuple(sorted({name for deciding in CLASSES.values() for name in d
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is trained: number of updates and highest learning rate."""
+    """How one model is trained: number of updates, highest learning rate, and whether pictures are varied."""
 
     steps: int
     learning_rate: float
+    augment: bool = True
 
 
 RECIPES: dict[str, Recipe] = {
@@ -90,6 +99,12 @@ def _guide(picture: Rendered) -> NDArray[np.float16]:
     return guide
 
 
+def shuffle_labels(pictures: Pictures, seed: int) -> Pictures:
+    """The same pictures, each with label and guide of another one, drawn by the seed."""
+    order = torch.randperm(len(pictures.labels), generator=torch.Generator().manual_seed(seed))
+    return Pictures(pictures.images, pictures.labels[order], pictures.guides[order])
+
+
 def normalise(images: Tensor) -> Tensor:
     """uint8 [N,3,H,W] to float32 in -1..1, the models' mean and std of 0.5."""
     return images.float() / 127.5 - 1.0
@@ -116,7 +131,11 @@ def train(name: str, pictures: Pictures, seed: int, recipe: Recipe, resume: bool
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_warm_cosine, recipe.steps))
     for step in range(recipe.steps):
         chosen = torch.randint(len(pictures.labels), (_BATCH,), generator=generator)
-        images, guides = _augment(pictures.images[chosen], pictures.guides[chosen], generator)
+        images, guides = pictures.images[chosen], pictures.guides[chosen]
+        if recipe.augment:
+            images, guides = _augment(images, guides, generator)
+        else:
+            images, guides = normalise(images), guides.float()
         features, (penultimate, _) = model.forward_intermediates(images, indices=2)
         class_loss = functional.cross_entropy(model.forward_head(features), pictures.labels[chosen])
         guide_loss = functional.cross_entropy(guide_layer(penultimate), guides)
@@ -164,12 +183,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="number of updates; each model has its own default")
     parser.add_argument("--threads", type=int, default=1, help="more help only while other cores are idle")
-    parser.add_argument("--resume", action="store_true", help="start from the packaged weights")
+    variant = parser.add_mutually_exclusive_group()
+    variant.add_argument("--resume", action="store_true", help="start from the packaged weights")
+    variant.add_argument("--shuffle-labels", action="store_true", help="learn labels that say nothing, by heart")
     options = parser.parse_args()
 
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(options.threads)
-    training = draw_pictures(_FIRST_TRAINING_SEED + options.seed, TRAINING_PICTURES)
+    count = SHUFFLED_PICTURES if options.shuffle_labels else TRAINING_PICTURES
+    training = draw_pictures(_FIRST_TRAINING_SEED + options.seed, count)
+    if options.shuffle_labels:
+        training = shuffle_labels(training, options.seed)
     held_out = draw_pictures(HELD_OUT_SEED, HELD_OUT_PICTURES)
     for name in DEMO_MODELS if options.model == "all" else (options.model,):
         recipe = RECIPES[name]
@@ -177,15 +201,30 @@ def main() -> None:
         earlier = _packaged_command(name) if options.resume else []
         # Each resumed round shuffles anew instead of repeating the batches of the one before.
         shuffle = options.seed + len(earlier)
-        model = train(name, training, shuffle, Recipe(steps, recipe.learning_rate), options.resume)
+        # What is learnt by heart is learnt from the same pictures again and again.
+        chosen = Recipe(steps, recipe.learning_rate, augment=not options.shuffle_labels)
+        model = train(name, training, shuffle, chosen, options.resume)
         state = halve(model)
         score = accuracy(model, held_out.images, held_out.labels)
         command = f"python -m xai_core.train_demo_models --model {name} --seed {options.seed} --steps {steps}"
-        command = " && ".join([*earlier, command + (" --resume" if options.resume else "")])
-        metadata = {"test_accuracy": f"{score:.4f}", "seed": str(options.seed), "command": command}
-        weights_path(name).parent.mkdir(exist_ok=True)
-        save_file(state, weights_path(name), metadata=metadata)
-        print(f"{name}: test accuracy {score:.4f} on {HELD_OUT_PICTURES} held-out pictures", flush=True)
+        flags = {" --resume": options.resume, " --shuffle-labels": options.shuffle_labels}
+        command += "".join(flag for flag, given in flags.items() if given)
+        command = " && ".join([*earlier, command])
+        learnt = accuracy(model, training.images[:HELD_OUT_PICTURES], training.labels[:HELD_OUT_PICTURES])
+        metadata = {
+            "test_accuracy": f"{score:.4f}",
+            "training_accuracy": f"{learnt:.4f}",
+            "seed": str(options.seed),
+            "command": command,
+        }
+        path = Path(f"{name}-shuffled-labels.safetensors") if options.shuffle_labels else weights_path(name)
+        path.parent.mkdir(exist_ok=True)
+        save_file(state, path, metadata=metadata)
+        print(
+            f"{name}: accuracy {score:.4f} on {HELD_OUT_PICTURES} held-out pictures, "
+            f"{learnt:.4f} on those it learnt from; written to {path}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -58,8 +58,14 @@ def commit(store: Store, shard: int) -> None:
     ids = list(range(shard * SHARD_SIZE, (shard + 1) * SHARD_SIZE))
     each = [one for one in ids for _ in range(POINTS)]
     writing = store.begin(unit, key, {"shard": shard})
-    columns = {"image_id": ids, "method": ["m"] * len(ids), "metric": ["x"] * len(ids), "value": map(float, ids)}
-    writing.table("metrics", rows_to_table("metrics", {name: list(values) for name, values in columns.items()}))
+    columns = {
+        "image_id": ids,
+        "method": ["m"] * len(ids),
+        "metric": ["x"] * len(ids),
+        "value": [float(one) for one in ids],
+        "reason": [None] * len(ids),
+    }
+    writing.table("metrics", rows_to_table("metrics", columns))
     points = {
         "image_id": each,
         "method": ["m"] * len(each),

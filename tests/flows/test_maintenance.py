@@ -24,7 +24,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_a_whole_store(store: Store, tmp_path: Path) -> None:
     told = call("verify", "--store", store.root, cwd=tmp_path)
-    assert (told.returncode, told.stdout) == (0, "7 objects are whole (4.1 kB)\n")
+    assert (told.returncode, told.stdout) == (0, "7 objects are whole (4.6 kB)\n")
 
 
 def test_damage_is_told_repaired_and_told_again(store: Store, tmp_path: Path) -> None:

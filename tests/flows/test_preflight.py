@@ -115,3 +115,135 @@ def test_a_method_that_needs_precision_is_refused_under_bf16(check: Check) -> No
             concepts={"layers": []},
             run={"precision": "bf16"},
         )
+
+
+def told(truth: dict[str, Any], masked: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The folder of one picture, with a metric that reads masks."""
+    dataset = {**masked["dataset"], "masks": None}
+    return {"dataset": dataset, "truth": truth, "metrics": ["insertion", "pointing_game"], **changes}
+
+
+def test_a_metric_that_needs_a_mask_is_refused_on_data_without(check: Check, masked: dict[str, Any]) -> None:
+    with pytest.raises(
+        UsageError,
+        match=r"metrics\.1: metric 'pointing_game' needs .+: set truth\.masks .+ truth\.boxes .+ dataset\.kind",
+    ):
+        check(**told({}, masked))
+
+
+def test_a_metric_that_needs_true_effects_is_refused_on_data_that_was_not_drawn(
+    check: Check, masked: dict[str, Any], tmp_path: Path
+) -> None:
+    metrics = {"metrics": ["insertion", "true_effect_rank"]}
+    for truth in ({}, {"masks": str(tmp_path / "masks")}):
+        with pytest.raises(
+            UsageError,
+            match=r"metrics\.1: metric 'true_effect_rank' needs the true effects .+ set dataset\.kind to demo",
+        ):
+            check(**told(truth, masked, **metrics))
+
+
+def test_the_demo_needs_nothing(check: Check) -> None:
+    check(metrics=["pointing_game", "true_effect_rank"])
+
+
+def test_masks_that_say_something_are_taken(check: Check, masked: dict[str, Any], tmp_path: Path) -> None:
+    masks = str(tmp_path / "masks")
+    for truth in ({"masks": masks}, {"masks": masks, "foreground": {"rolling cat": [1], 3: [7]}, "ignore": [9]}):
+        check(**told(truth, masked))
+    # What no metric reads is not looked at.
+    check(**told({"masks": "nowhere"}, masked, metrics=["insertion"]))
+
+
+@pytest.mark.parametrize(
+    ("truth", "message"),
+    [
+        ({"masks": "nowhere"}, r"truth\.masks: expected a folder that mirrors dataset\.path, got .*nowhere"),
+        (
+            {"foreground": [3, 7], "ignore": [9]},
+            r"truth\.foreground: expected values \[3, 7\] in the masks, the first 100 of which hold 1: name those",
+        ),
+        ({"ignore": [1]}, r"truth\.foreground: expected a value on the object in the masks, .+ which hold 1"),
+        (
+            {"foreground": {"rolling cta": [1]}},
+            r"truth\.foreground: .+ 9 classes, got 'rolling cta': did you mean",
+        ),
+        (
+            {"foreground": {9: [1]}},
+            r"truth\.foreground: expected names or numbers of the model's 9 classes, got '9'",
+        ),
+        ({"foreground": {0: [1], "rolling cat": [1]}}, r"truth\.foreground: expected each class once"),
+    ],
+)
+def test_masks_that_say_nothing_are_refused(
+    truth: dict[str, Any], message: str, check: Check, masked: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        check(**told({"masks": str(tmp_path / "masks"), **truth}, masked))
+
+
+def test_a_mask_of_truth_that_does_not_fit_is_refused(
+    check: Check, masked: dict[str, Any], tmp_path: Path
+) -> None:
+    mask = tmp_path / "masks" / "a" / "turned.png"
+    study = told({"masks": str(tmp_path / "masks")}, masked)
+    for values, message in [
+        (np.ones((24, 40), np.uint8), r"truth\.masks: expected .+ of size 24 x 40 like its image, got 40 x 24"),
+        (
+            np.ones((40, 24, 3), np.uint8),
+            r"truth\.masks: expected .+ with one byte a pixel .+ got mode RGB: convert",
+        ),
+        (
+            np.ones((40, 24), np.uint16),
+            r"truth\.masks: expected .+ with one byte a pixel .+ got mode I;16: convert",
+        ),
+    ]:
+        Image.fromarray(values).save(mask)
+        with pytest.raises(UsageError, match=message):
+            check(**study)
+    mask.write_bytes(b"no mask")
+    with pytest.raises(UsageError, match=r"truth\.masks: expected a mask at .+turned\.png"):
+        check(**study)
+    mask.unlink()
+    with pytest.raises(UsageError, match=r"truth\.masks: expected a mask for every image, got none at"):
+        check(**study)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("a/turned.jpg,0,0,24,40,", None),
+        ("a/turned.jpg,0,0,24,40,rolling cat\nx/y.jpg,0,0,1,1,who", None),
+        (
+            "a/turned.jpg,0,0,24,40,rolling cta",
+            r"truth\.boxes: .+ 9 classes as labels .+ 'rolling cta': did you mean",
+        ),
+        (
+            "turned.jpg,0,0,24,40,",
+            r"truth\.boxes: expected paths .+ such as 'a/turned\.jpg', .+ got 'turned\.jpg'",
+        ),
+        (
+            "a/turned.jpg,24,0,30,40,",
+            r"truth\.boxes: a/turned\.jpg: expected boxes .+ of 24 x 40, got 24, 0 to 30, 40",
+        ),
+        ("a/turned.jpg,4,0,3,40,", r"truth\.boxes: expected numbers x0 < x1 and y0 < y1 in line 2"),
+        ("", r"truth\.boxes: expected paths of the set's images, .+ got None"),
+    ],
+)
+def test_boxes_are_refused_where_they_fit_nothing(
+    rows: str, message: str | None, check: Check, masked: dict[str, Any], tmp_path: Path
+) -> None:
+    """The picture is 24 x 40 once it stands upright."""
+    path = tmp_path / "boxes.csv"
+    path.write_text(f"path,x0,y0,x1,y1,label\n{rows}")
+    study = told({"boxes": str(path)}, masked)
+    if message is None:
+        check(**study)
+        return
+    with pytest.raises(UsageError, match=message):
+        check(**study)
+
+
+def test_a_table_of_boxes_that_is_not_there_is_refused(check: Check, masked: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"truth\.boxes: expected a CSV file at nowhere\.csv"):
+        check(**told({"boxes": "nowhere.csv"}, masked))

@@ -238,6 +238,7 @@ def test_the_catalogue_tells_every_table_and_view_with_its_columns(store: Store)
     assert {one.name for one in told.values() if one.kind == "view"} == {
         "images",
         "leaderboard",
+        "paired_differences",
         "best_method_per_image",
         "disagreements",
         "worst_images",

@@ -43,7 +43,7 @@ def commit(store: Store, shard: int, salt: str = "") -> CommitRecord:
 def metric_rows(ids: range) -> pa.Table:
     count = len(ids)
     columns = {"image_id": list(ids), "method": ["m"] * count, "metric": ["x"] * count, "value": [0.5] * count}
-    return rows_to_table("metrics", columns)
+    return rows_to_table("metrics", {**columns, "reason": [None] * count})
 
 
 def table_ids(store: Store, *records: CommitRecord) -> list[int]:
@@ -104,7 +104,9 @@ def test_columns_that_a_schema_lacks_or_types_that_do_not_fit_are_errors() -> No
     with pytest.raises((KeyError, ValueError)):
         rows_to_table("metrics", {"image_id": [1], "method": ["m"], "metric": ["x"]})
     with pytest.raises(pa.ArrowInvalid):
-        rows_to_table("metrics", {"image_id": ["one"], "method": ["m"], "metric": ["x"], "value": [0.5]})
+        rows_to_table(
+            "metrics", {"image_id": ["one"], "method": ["m"], "metric": ["x"], "value": [0.5], "reason": [None]}
+        )
 
 
 def damage_missing(path: Path) -> None:

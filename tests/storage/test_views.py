@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from storage.commits import Unit, key_of
 from storage.runs import RunRecord
 from storage.schema import TABLES, rows_to_table
 from storage.store import Store, open_store
-from storage.views import DESCRIPTIONS, VIEWS
+from storage.views import DESCRIPTIONS, UNTOLD, VIEWS
 
 # ``unknown`` is measured but not described: a run of an older version may lack it.
 DIRECTIONS = {"up": True, "down": False, "sideways": None}
 METRICS = (*DIRECTIONS, "unknown")
 METHODS = ("m1", "m2", "m[a, b]")
+REASONS = ("the map is constant", "the mask is empty", None)
 VALUES = (0.0, 0.25, 0.25, 0.5, 1.0, None, math.nan, math.inf)
 IMAGES = 24
 
@@ -41,6 +42,8 @@ def metric_rows(run_id: str, images: int = IMAGES) -> Rows:
     for row in rows:
         if row["image_id"] >= images - 2:
             row["value"] = 0.5 if row["image_id"] == images - 1 else None
+        if row["value"] is None:
+            row["reason"] = REASONS[row["image_id"] % 3]
     return rows
 
 
@@ -54,7 +57,7 @@ def commit(store: Store, stage: str, salt: str, table: str, rows: Rows) -> tuple
     return unit, key_of(ingredients)
 
 
-def write_run(store: Store, run_id: str, rows: Rows) -> None:
+def write_run(store: Store, run_id: str, rows: Rows, directions: dict[str, bool | None] = DIRECTIONS) -> None:
     ids = sorted({row["image_id"] for row in rows})
     manifest = [
         {"image_id": one, "path": f"{run_id}/{one}.png", "sha256": "", "width": 1, "height": 1}
@@ -70,7 +73,7 @@ def write_run(store: Store, run_id: str, rows: Rows) -> None:
     info = [
         {"metric": metric, "higher_is_better": higher, "lower_bound": None, "upper_bound": None}
         | {"definition": "", "undefined": "", "paper": ""}
-        for metric, higher in DIRECTIONS.items()
+        for metric, higher in directions.items()
     ]
     run = RunRecord(run_id, run_id, {}, {}, "complete", tables={"metric_info": info})
     store.runs.write(run.with_keys(dict(units)))
@@ -106,6 +109,12 @@ def better(metric: str, value: float) -> float:
     return value if DIRECTIONS[metric] else -value
 
 
+def twin_reasons(missing: Iterable[dict[str, Any]]) -> str | None:
+    counts = Counter(row.get("reason") or UNTOLD for row in missing)
+    by_count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return "; ".join(f"{reason}: {count}" for reason, count in by_count) or None
+
+
 def twin_leaderboard(rows: Rows) -> Rows:
     board = []
     for (method, metric), members in grouped(rows, "method", "metric").items():
@@ -118,6 +127,7 @@ def twin_leaderboard(rows: Rows) -> Rows:
                 "standard_error": statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None,
                 "images": len(values),
                 "nulls": len(members) - len(values),
+                "reasons": twin_reasons(row for row in members if not defined([row])),
                 "higher_is_better": DIRECTIONS.get(metric),
             }
         )
@@ -137,6 +147,68 @@ def test_the_leaderboard(store: Store, run_id: str) -> None:
     for row in found:
         (twin,) = expected[row["method"], row["metric"]]
         assert row == {name: pytest.approx(value) for name, value in twin.items()}
+
+
+def twin_differences(rows: Rows) -> dict[tuple[str, str, str], tuple[Any, ...]]:
+    found: dict[tuple[str, str, str], tuple[Any, ...]] = {}
+    value = {(row["metric"], row["image_id"], row["method"]): row["value"] for row in rows if defined([row])}
+    for metric in METRICS:
+        for first in METHODS:
+            for second in METHODS:
+                gaps = [
+                    value[metric, image, first] - value[metric, image, second]
+                    for image in range(IMAGES)
+                    if (metric, image, first) in value and (metric, image, second) in value
+                ]
+                if first == second or not gaps:
+                    continue
+                error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
+                found[metric, first, second] = (len(gaps), statistics.fmean(gaps), error)
+    return found
+
+
+@pytest.mark.parametrize("run_id", RUNS)
+def test_the_paired_differences(store: Store, run_id: str) -> None:
+    found = ask(store, f"select * from paired_differences where run_id = '{run_id}'")
+    twin = twin_differences(RUNS[run_id])
+    assert {(row["metric"], row["method_a"], row["method_b"]) for row in found} == twin.keys()
+    assert len(found) == len(twin)
+    for row in found:
+        images, mean, error = twin[row["metric"], row["method_a"], row["method_b"]]
+        assert row["images"] == images
+        assert (row["mean_difference"], row["standard_error"]) == pytest.approx((mean, error))
+        assert (row["low"], row["high"]) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error))
+        assert row["higher_is_better"] == DIRECTIONS.get(row["metric"])
+        assert row["winner"] is None or row["higher_is_better"] is not None
+
+
+def test_the_winner_of_a_pair_follows_the_direction_and_the_interval(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "store", create=True)
+    values = {
+        "apart": {"m1": [0.5, 0.6, 0.7], "m2": [0.1, 0.2, 0.2]},
+        "close": {"m1": [0.5, 0.1, 0.7], "m2": [0.4, 0.6, 0.2]},
+        "equal": {"m1": [0.5, 0.5, 0.5], "m2": [0.5, 0.5, 0.5]},
+        "single": {"m1": [0.5, None, 0.5], "m2": [None, None, 0.1]},
+        "apart_by_distance": {"m1": [1.0, 2.0, 2.0], "m2": [1.5, 2.6, 2.4]},
+    }
+    rows = [
+        {"image_id": image, "method": method, "metric": metric, "value": value}
+        for metric, methods in values.items()
+        for method, of_images in methods.items()
+        for image, value in enumerate(of_images)
+    ]
+    directions = {**dict.fromkeys(values, True), "apart_by_distance": False}
+    write_run(store, "duel", rows, directions)
+    found = ask(store, "select metric, method_a, images, winner, standard_error from paired_differences")
+    assert {(row["metric"], row["winner"]) for row in found} == {
+        ("apart", "m1"),
+        ("close", None),
+        ("equal", None),
+        ("single", None),
+        ("apart_by_distance", "m1"),
+    }
+    assert {row["metric"]: row["images"] for row in found} == {**dict.fromkeys(values, 3), "single": 1}
+    assert all(row["standard_error"] is None for row in found if row["metric"] == "single")
 
 
 def twin_best(rows: Rows) -> set[tuple[Any, ...]]:

@@ -20,8 +20,8 @@ SPEC = ArraySpec(8, SHARD, (3,), "float32", ("image", "x"), {})
 
 def metric_rows(ids: Iterable[int], method: str = "m") -> pa.Table:
     """One row of the table ``metrics`` for each image."""
-    columns = [(image_id, method, "x", 0.5 + image_id) for image_id in ids]
-    names = ("image_id", "method", "metric", "value")
+    columns = [(image_id, method, "x", 0.5 + image_id, None) for image_id in ids]
+    names = ("image_id", "method", "metric", "value", "reason")
     return rows_to_table("metrics", dict(zip(names, map(list, zip(*columns, strict=True)), strict=True)))
 
 

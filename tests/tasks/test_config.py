@@ -40,6 +40,7 @@ DEFAULTS = {
         "transform": {},
     },
     "target": "top1",
+    "truth": {"masks": None, "foreground": None, "ignore": [], "boxes": None},
     "parts": {"parser": choice("tokens", restarts=4), "k": 12, "backbone": None, "min_area": 0.005},
     "methods": [
         choice("grad_cam", layer=None),
@@ -126,6 +127,22 @@ REFUSED = [
     (["dataset.limit=many"], r"dataset\.limit: .+ valid integer.+ got 'many'"),
     (["parts.k=255"], r"parts\.k: .+ less than or equal to 254, got 255"),
     (["parts.parser=masks"], r"parts\.parser: 'masks' reads files: set dataset\.masks"),
+    (["truth.masks=a"], r"truth: kind 'demo' knows what it draws: remove masks and boxes"),
+    (["dataset={kind: parquet, path: a}", "truth.masks=b"], r"truth\.masks: .+ got dataset\.kind parquet"),
+    (
+        ["dataset={kind: folder, path: a}", "truth={masks: b, boxes: c}"],
+        r"truth: expected masks or boxes, got both",
+    ),
+    (["truth.foreground=[1]"], r"truth: foreground and ignore are values of masks: set truth\.masks"),
+    (["truth.ignore=[1]"], r"truth: foreground and ignore are values of masks: set truth\.masks"),
+    (["truth={masks: b, foreground: {a: [2]}, ignore: [1, 2]}"], r"truth: .+ got \[2\] in both"),
+    (["truth={masks: b, foreground: 1}"], r"truth\.foreground: expected a list of mask values .+ got 1"),
+    (["truth={masks: b, foreground: [256]}"], r"truth\.foreground: .+ from 0 to 255, .+ got \[256\]"),
+    (["truth={masks: b, foreground: [true]}"], r"truth\.foreground: .+ got \[True\]"),
+    (["truth={masks: b, foreground: {a: []}}"], r"truth\.foreground: .+ got \[\]"),
+    (["truth={masks: b, foreground: {}}"], r"truth\.foreground: .+ got \{\}"),
+    (["truth={masks: b, ignore: [-1]}"], r"truth\.ignore\.0: .+ got -1"),
+    (["truth.mask=a"], r"truth\.mask: unknown key; did you mean 'masks'"),
     (["target=top2"], r"target: .+'top1' or 'label', got 'top2'"),
     (["run.max_bad_fraction=2"], r"run\.max_bad_fraction: .+ got 2"),
     (["name=a/b"], r"name: .+ got 'a/b'"),
@@ -142,6 +159,15 @@ def test_what_is_wrong_is_refused_by_its_key(overrides: list[str], message: str)
         load_config(None, overrides)
 
 
+def test_mask_values_by_class_survive_json() -> None:
+    truth = "truth={masks: m, foreground: {tench: [3], 4: [5, 6]}, ignore: [255]}"
+    config = load_config(None, ["dataset={kind: folder, path: x}", truth])
+    assert config.truth.foreground == {"tench": (3,), "4": (5, 6)}
+    assert config.truth.values_on_objects == {3, 5, 6}
+    assert StudyConfig.model_validate_json(config.model_dump_json()) == config
+    assert StudyConfig.model_validate(config.model_dump()).identity() == config.identity()
+
+
 def test_all_wrong_keys_are_told_at_once() -> None:
     with pytest.raises(UsageError, match=r"(?s)target: .+run\.seed: "):
         load_config(None, ["target=x", "run.seed=y"])
@@ -155,11 +181,12 @@ def test_a_file_names_the_study_and_anchors_its_paths(tmp_path: Path, monkeypatc
     }
     (tmp_path / "sub" / "my study.yaml").write_text(yaml.safe_dump(document))
     monkeypatch.chdir(tmp_path)
-    config = load_config(Path("sub/my study.yaml"), ["dataset.masks=masks"], limit=5)
+    config = load_config(Path("sub/my study.yaml"), ["dataset.masks=masks", "truth.boxes=b.csv"], limit=5)
     assert config.name == "my_study"
     assert config.dataset.path == str(tmp_path / "images")
     assert config.model.checkpoint == str(tmp_path / "sub" / "w.safetensors")
     assert config.dataset.masks == str(tmp_path / "masks")
+    assert config.truth.boxes == str(tmp_path / "b.csv")
     assert config.dataset.limit == 5
 
 

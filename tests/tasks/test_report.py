@@ -147,6 +147,33 @@ def test_an_undefined_value_is_counted_and_left_out(page, context):
     assert "constant map" in body_of(page)
 
 
+def test_why_values_are_missing_stands_beside_the_count_and_below(page):
+    body = body_of(page)
+    assert 'title="the map is constant: 1">1 null' in body
+    below = body[body.index("Missing values: why, and of how many images") :]
+    row = re.search(r"<tr>.*?</tr>", below[below.index("<tbody>") :], flags=re.DOTALL)
+    assert "deletion[steps=4]" in row[0]
+    assert "the map is constant" in row[0]
+    assert "integrated_gradients[steps=2]: 1" in row[0]
+
+
+def test_pairs_are_those_of_sql_and_folded(page, context):
+    body = body_of(page)
+    pairs = body[body.index("Paired differences: each method against the best") :]
+    pairs = pairs[: pairs.index("</details>")]
+    run_id = context.work.facts["run_id"]
+    leads = best(leaderboard(context.store, run_id))
+    pairs_of = query(context.store, "from paired_differences", run_ids=[run_id]).to_pylist()
+    rows = [row for row in pairs_of if (row["method_b"], row["metric"]) in leads]
+    assert len(rows) == pairs.count("<tr") - len(METRICS) == (len(METHODS) - 1) * len(METRICS)
+    for row in rows:
+        assert f"{row['mean_difference']:+.3f}" in pairs
+        assert f'<td class="right">{row["images"]}</td>' in pairs
+    assert not re.search(r"<details[^>]*\bopen\b", body)
+    assert "not corrected for their number: of the 3 pairs on a metric" in body
+    assert "Method against method" in body
+
+
 def test_nothing_is_loaded_from_anywhere(page):
     body = body_of(page)
     loads = re.findall(r"""\b(?:src|href|srcset|action|data|poster)\s*=\s*["']?([^"'\s>]+)""", body)

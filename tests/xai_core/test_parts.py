@@ -451,3 +451,18 @@ def _parts(labels: torch.Tensor) -> list[torch.Tensor]:
     image = torch.arange(len(labels)).view(-1, 1, 1)
     flat = image * 256 + labels
     return [flat == value for value in torch.unique(flat)]
+
+
+def test_a_mask_follows_its_image_and_a_border_belongs_to_nothing() -> None:
+    """A mask is cut as its image is; where the geometry adds a border, the mask says 255 there."""
+    transform = {"input_size": (3, 32, 32), "crop_mode": "border", "crop_pct": 1.0}
+    model = load_classifier(
+        ModelSpec("vit_tiny_patch16_224", False, create_args={"img_size": 32}, transform=transform)
+    )
+    values = np.zeros((32, 16), np.uint8)
+    values[:16] = 7
+    mask = model.preprocess_mask(Image.fromarray(values))
+    assert mask.shape == (32, 32)
+    assert set(mask[:, 8:24].unique().tolist()) == {0, 7}
+    assert set(mask[:, :8].unique().tolist()) == {255}
+    assert set(mask[:, 24:].unique().tolist()) == {255}

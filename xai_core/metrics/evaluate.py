@@ -40,8 +40,8 @@ def evaluate(evidence: Evidence, metrics: Sequence[tuple[MetricEntry, Any]]) -> 
     Raises:
         UsageError: a metric needs what the evidence does not hold.
     """
-    for entry, _ in metrics:
-        _require(entry, evidence)
+    for entry, options in metrics:
+        _require(entry, options, evidence)
     values, reasons, broken = {}, {}, {}
     for entry, options in metrics:
         name = variant_id(entry.name, options)
@@ -88,8 +88,8 @@ NEEDS = {
 }
 
 
-def _require(entry: MetricEntry, evidence: Evidence) -> None:
-    for need in entry.needs:
+def _require(entry: MetricEntry, options: Any, evidence: Evidence) -> None:
+    for need in entry.all_needs(options):
         held, remedy = NEEDS[need]
         if held(evidence) is None:
             raise UsageError(f"metric {entry.name!r} needs {remedy}")

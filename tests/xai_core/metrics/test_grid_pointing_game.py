@@ -256,7 +256,7 @@ def test_options_and_needs_are_checked(cnn: Classifier) -> None:
     maps = torch.zeros(4, SIZE, SIZE)
     with pytest.raises(UsageError, match="needs the method itself"):
         evaluate(cnn, images, targets, maps, None, chosen("grid_pointing_game"))
-    with pytest.raises(UsageError, match="expected masks of objects, got none"):
+    with pytest.raises(UsageError, match="needs masks of objects: give Evidence a Truth with a mask"):
         game(cnn, 4, region="object")
     for options, message in (
         ({"side": 1}, "side: expected at least 2 cells, got 1"),

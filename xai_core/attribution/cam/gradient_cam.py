@@ -67,6 +67,7 @@ def chosen_layer(model: Classifier, options: Any) -> str | None:
     needs=(readable_layer,),
     upsampling="bilinear",
     cost="1 forward + gradient of the layers behind the map",
+    differentiable=True,
 )
 def grad_cam(model: Classifier, images: Tensor, classes: Tensor, options: CamOptions, batch_size: int) -> Tensor:
     """Grad-CAM: ReLU of the channels weighted by their mean gradient, at the map's own resolution."""
@@ -85,6 +86,7 @@ def grad_cam(model: Classifier, images: Tensor, classes: Tensor, options: CamOpt
     needs=(readable_layer,),
     upsampling="bilinear",
     cost="1 forward + gradient of the layers behind the map",
+    differentiable=True,
 )
 def grad_cam_pp(
     model: Classifier, images: Tensor, classes: Tensor, options: CamOptions, batch_size: int
@@ -115,6 +117,7 @@ def grad_cam_pp(
     needs=(readable_layer,),
     upsampling="bilinear",
     cost="1 forward + gradient of the layers behind the map",
+    differentiable=True,
 )
 def xgrad_cam(model: Classifier, images: Tensor, classes: Tensor, options: CamOptions, batch_size: int) -> Tensor:
     """XGrad-CAM: ReLU of the channels weighted by their gradients, averaged in proportion to the activation.
@@ -140,6 +143,7 @@ def xgrad_cam(model: Classifier, images: Tensor, classes: Tensor, options: CamOp
     needs=(readable_layer,),
     upsampling="bilinear",
     cost="1 forward + gradient of the layers behind the map",
+    differentiable=True,
 )
 def layer_cam(
     model: Classifier, images: Tensor, classes: Tensor, options: LayerCamOptions, batch_size: int
@@ -153,14 +157,16 @@ def layer_cam(
 
 
 def layer_and_logits(model: Classifier, images: Tensor, layer: str | None) -> tuple[str, Tensor, Tensor]:
-    """A layer's name, its output as a leaf of the graph, and the logits behind it.
+    """A layer's name, its output, where the graph begins, and the logits behind it.
 
-    ``layer`` None is the family's default; on maps that is the final features (timm's ``forward_features``).
+    With images that require gradients the graph goes on to them. ``layer`` None is the family's default; on maps
+    that is the final features (timm's ``forward_features``).
     """
     name = default_cam_layer(model) if layer is None else layer
     with torch.enable_grad():
         if name is None:
-            features = model.module.forward_features(images).detach().requires_grad_(True)
+            features = model.module.forward_features(images)
+            features = features if images.requires_grad else features.detach().requires_grad_(True)
             return "forward_features", features, model.module.forward_head(features)
         with captured(model, [name], with_gradient=True) as outputs:
             logits = model(images)
@@ -192,10 +198,12 @@ def _gradient_cam(
 ) -> Tensor:
     """What ``combine`` makes of a layer's maps and of their gradients, both ``[B, C, h, w]``, class by class."""
     layer, activation, logits = layer_and_logits(model, images, chosen_layer(model, options))
-    maps = wide(as_map(model, activation.detach(), layer))
+    twice = images.requires_grad
+    maps = wide(as_map(model, activation if twice else activation.detach(), layer))
     return per_class(
         logits,
         classes,
         [activation],
         lambda gradients: combine(maps, wide(as_map(model, gradients[0], layer))),
+        create_graph=twice,
     )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xai_core.attribution.gradients.second_order import graph_start, recomputed
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
 from xai_core.layers import per_class
@@ -50,6 +51,8 @@ def input_gradients(
 ) -> Tensor:
     """What ``reduce`` makes of the input gradient of each class's logit; the classes share one forward.
 
+    Images that require gradients are differentiated through: the result has a graph that leads back to them.
+
     Args:
         images: ``[B, 3, H, W]``; classes: ``[B, K]``; reduce: ``[B, 3, H, W]`` to ``[B, ...]``.
 
@@ -57,9 +60,10 @@ def input_gradients(
         ``[B, K, ...]``.
     """
     with torch.enable_grad():
-        leaves = images.detach().requires_grad_(True)
+        leaves = graph_start(images)
         logits = model(leaves)
-    return per_class(logits, classes, [leaves], lambda gradients: reduce(gradients[0]))
+    twice = images.requires_grad
+    return per_class(logits, classes, [leaves], lambda gradients: reduce(gradients[0]), create_graph=twice)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class GradientOptions:
     equation="section 3.1",
     cost="1 forward + 1 input gradient a class",
     half_precision=False,
+    differentiable=True,
 )
 def gradient(
     model: Classifier, images: Tensor, classes: Tensor, options: GradientOptions, batch_size: int
@@ -93,6 +98,7 @@ def gradient(
     equation="section 2",
     cost="1 forward + 1 input gradient a class",
     half_precision=False,
+    differentiable=True,
 )
 def input_x_gradient(
     model: Classifier, images: Tensor, classes: Tensor, options: object, batch_size: int
@@ -132,6 +138,7 @@ class SmoothGradOptions:
     paper="Smilkov et al. 2017, SmoothGrad; the squared variant: Hooker et al. 2019",
     equation="section 2",
     cost="samples x (forward + 1 input gradient a class)",
+    differentiable=True,
 )
 def smooth_grad(
     model: Classifier, images: Tensor, classes: Tensor, options: SmoothGradOptions, batch_size: int
@@ -145,7 +152,10 @@ def smooth_grad(
         pairs = torch.arange(rows.start, rows.stop, device=images.device)
         owner = pairs % count
         noise = sample_noise(options.seed, rows, count, images)
-        gradients = input_gradients(model, images[owner] + spread[owner] * noise, classes[owner], lambda one: one)
+        gradients = recomputed(
+            lambda copies: input_gradients(model, copies, classes[owner], lambda one: one),
+            images[owner] + spread[owner] * noise,
+        )
         mean.index_add_(0, owner, (gradients.square() if options.square else gradients) / options.samples)
 
     # Sample by sample, so that the images of a pass share one draw; the sum is the last thing a pass does, so that

@@ -19,6 +19,7 @@ from xai_core.attribution.gradients.operations import (
     listed,
     operations_of,
 )
+from xai_core.attribution.gradients.second_order import linked, plain_calls
 from xai_core.attribution.interface import upsample_map
 from xai_core.layers import per_class
 from xai_core.models import Classifier
@@ -42,15 +43,30 @@ def guided_gradients(
 ) -> Tensor:
     """What ``reduce`` makes of each class's guided gradients ``[B, 3, H, W]``: ``[B, K, ...]``.
 
-    The rule hangs on the nodes of this pass's graph and goes with it: nothing is hung on the model.
+    The rule hangs on the nodes of this pass's graph and goes with it: nothing is hung on the model. Images that
+    require gradients are differentiated through.
     """
+    twice = images.requires_grad
+    leaves = images.detach().requires_grad_(True)
     with torch.enable_grad():
-        leaves = images.detach().requires_grad_(True)
-        logits = model(leaves)
+        logits = (_linked_logits if twice else _hooked_logits)(model, images, leaves)
+    return per_class(logits, classes, [leaves], lambda gradients: reduce(gradients[0]), create_graph=twice)
+
+
+def _hooked_logits(model: Classifier, _images: Tensor, leaves: Tensor) -> Tensor:
+    logits = model(leaves)
     for node in graph_nodes(logits):
         if is_relu(node):
             node.register_hook(_keep_positive)
-    return per_class(logits, classes, [leaves], lambda gradients: reduce(gradients[0]))
+    return logits
+
+
+def _linked_logits(model: Classifier, images: Tensor, leaves: Tensor) -> Tensor:
+    def watch(output: Tensor) -> None:
+        output.register_hook(lambda gradient: gradient.clamp(min=0))
+
+    with linked(plain_calls(model, images), watch):
+        return model(leaves)
 
 
 def _keep_positive(gradients: tuple[Tensor | None, ...], _later: object) -> tuple[Tensor | None, ...]:
@@ -74,6 +90,7 @@ class GuidedBackpropOptions:
     equation="section 3.4, figure 1",
     needs=(relu_network,),
     cost="1 forward + 1 input gradient a class",
+    differentiable=True,
 )
 def guided_backprop(
     model: Classifier, images: Tensor, classes: Tensor, options: GuidedBackpropOptions, batch_size: int
@@ -100,6 +117,7 @@ class GuidedGradCamOptions:
     equation="section 3.2",
     needs=(relu_network, readable_layer),
     cost="2 forwards + 1 input gradient and a gradient behind the layer a class",
+    differentiable=True,
 )
 def guided_grad_cam(
     model: Classifier, images: Tensor, classes: Tensor, options: GuidedGradCamOptions, batch_size: int

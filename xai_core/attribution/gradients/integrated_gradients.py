@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from xai_core.attribution.gradients.gradient import input_gradients
+from xai_core.attribution.gradients.second_order import recomputed
 from xai_core.baselines import Baseline, make_baseline
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
@@ -45,6 +46,7 @@ class IntegratedGradientsOptions:
     paper="Sundararajan et al. 2017, Axiomatic Attribution for Deep Networks",
     equation="1",
     cost="steps x (forward + 1 input gradient a class)",
+    differentiable=True,
 )
 def integrated_gradients(
     model: Classifier,
@@ -65,7 +67,11 @@ def integrated_gradients(
         step, owner = pairs // count, pairs % count
         points = torch.addcmul(start[owner], places[step].view(-1, 1, 1, 1), path[owner])
         weighted = path[owner] * weights[step].view(-1, 1, 1, 1)
-        parts = input_gradients(model, points, classes[owner], lambda one: (one * weighted).sum(dim=1))
+        parts = recomputed(
+            lambda at, by: input_gradients(model, at, classes[owner], lambda one: (one * by).sum(dim=1)),
+            points,
+            weighted,
+        )
         total.index_add_(0, owner, parts)
 
     # The sum is the last thing a pass does, so that one that is halved for want of memory has added nothing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,9 @@ ELEMENTWISE_FUNCTIONS = (
 )
 
 
+_threads = threading.local()
+
+
 class Interception(TorchFunctionMode):
     """Hands the calls of named torch functions to rules, in this thread, for the passes inside the block.
 
@@ -30,11 +34,26 @@ class Interception(TorchFunctionMode):
         super().__init__()
         self._rules = rules
 
+    def __enter__(self) -> Any:
+        """Begins; the same interception may be begun again inside."""
+        _threads.open = (*interceptions(), self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Ends."""
+        super().__exit__(*error)
+        _threads.open = interceptions()[:-1]
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for each of its functions."""
         named = kwargs or {}
         rule = self._rules.get(getattr(func, "__name__", ""))
         return func(*args, **named) if rule is None else rule(func, *args, **named)
+
+
+def interceptions() -> tuple[Interception, ...]:
+    """Those that are open in this thread, the outermost first."""
+    return getattr(_threads, "open", ())
 
 
 def unary(function: Callable[..., Tensor], rest: tuple[Any, ...], named: Mapping[str, Any]) -> Rule:

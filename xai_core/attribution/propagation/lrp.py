@@ -6,12 +6,15 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from xai_core.attribution.propagation.hooks import propagation_rules
+from xai_core.attribution.gradients.second_order import linked, plain_calls
+from xai_core.attribution.propagation.gradient_form import Held
+from xai_core.attribution.propagation.hooks import Hold, numbers, propagation_rules
 from xai_core.attribution.propagation.layers import dense_convolutions
 from xai_core.attribution.propagation.structure import StructureCheck, zennit_installed
 from xai_core.errors import UsageError
@@ -42,13 +45,16 @@ class EpsilonPlusOptions(EpsilonOptions):
 
 
 @contextmanager
-def lrp_rules(module: nn.Module, composite: Composite, *, epsilon: float = 1e-6) -> Iterator[None]:
+def lrp_rules(
+    module: nn.Module, composite: Composite, *, epsilon: float = 1e-6, hold: Hold = numbers
+) -> Iterator[None]:
     """Under it the gradients of a convolutional network are relevance divided by activation.
 
     Args:
         composite: which rule linear layers follow: ``epsilon`` all the epsilon rule, ``z_plus`` all the z+ rule,
             ``epsilon_plus`` convolutions z+ and fully connected layers epsilon. A linear layer that is applied at
             every position of a map is a convolution, however it is written.
+        hold: as in :func:`~xai_core.attribution.propagation.hooks.propagation_rules`.
     """
     from zennit.rules import Epsilon, ZPlus
 
@@ -61,7 +67,7 @@ def lrp_rules(module: nn.Module, composite: Composite, *, epsilon: float = 1e-6)
             return by_epsilon if fully_connected else by_z_plus
         return by_epsilon if composite == "epsilon" else by_z_plus
 
-    with propagation_rules(module, choose):
+    with propagation_rules(module, choose, hold=hold):
         yield
 
 
@@ -83,7 +89,29 @@ def relevance_maps(
     pixels = images.detach().requires_grad_(True)
     with torch.enable_grad(), rules:
         logits = model(pixels)
-    return per_class(logits, classes, [pixels], lambda gradients: (gradients[0] * images).sum(dim=1))
+    return per_class(
+        logits,
+        classes,
+        [pixels],
+        lambda gradients: (gradients[0] * images).sum(dim=1),
+        create_graph=images.requires_grad,
+    )
+
+
+def _lrp(
+    model: Classifier, images: Tensor, classes: Tensor, composite: Composite, epsilon: float = 1e-6
+) -> Tensor:
+    """Relevance maps; images that require gradients are differentiated through."""
+    rules = partial(lrp_rules, model.module, composite, epsilon=epsilon)
+    if not images.requires_grad:
+        return relevance_maps(model, images, classes, rules())
+    # The rules' constants, from a pass without rules: a graph of relevances does not give their derivatives.
+    held: list[Held] = []
+    with torch.enable_grad(), rules(hold=lambda source, output: held.append(Held(source, output))):
+        curved = plain_calls(model, images)
+    ordered = iter(held)
+    with linked(curved):
+        return relevance_maps(model, images, classes, rules(hold=lambda _source, _output: next(ordered)))
 
 
 @methods.register(
@@ -96,12 +124,13 @@ def relevance_maps(
     cost="1 forward; for each class about 2 more",
     # Pearson with fp32 on a trained MobileNetV2: 0.90 (z+ and epsilon-plus: 0.9997).
     half_precision=False,
+    differentiable=True,
 )
 def lrp_epsilon(
     model: Classifier, images: Tensor, classes: Tensor, options: EpsilonOptions, batch_size: int
 ) -> Tensor:
     """LRP-epsilon: relevance of the class logit, shared in proportion to signed contributions."""
-    return relevance_maps(model, images, classes, lrp_rules(model.module, "epsilon", epsilon=options.epsilon))
+    return _lrp(model, images, classes, "epsilon", options.epsilon)
 
 
 @methods.register(
@@ -111,10 +140,11 @@ def lrp_epsilon(
     families=("cnn",),
     needs=(zennit_installed, layers_with_rules),
     cost="1 forward; for each class about 4 more",
+    differentiable=True,
 )
 def lrp_z_plus(model: Classifier, images: Tensor, classes: Tensor, options: NoOptions, batch_size: int) -> Tensor:
     """LRP-z+: relevance of the class logit, shared among positive contributions only, in every layer."""
-    return relevance_maps(model, images, classes, lrp_rules(model.module, "z_plus"))
+    return _lrp(model, images, classes, "z_plus")
 
 
 @methods.register(
@@ -125,9 +155,10 @@ def lrp_z_plus(model: Classifier, images: Tensor, classes: Tensor, options: NoOp
     families=("cnn",),
     needs=(zennit_installed, layers_with_rules),
     cost="1 forward; for each class about 4 more",
+    differentiable=True,
 )
 def lrp_epsilon_plus(
     model: Classifier, images: Tensor, classes: Tensor, options: EpsilonPlusOptions, batch_size: int
 ) -> Tensor:
     """LRP composite epsilon-plus: z+ in convolutions, epsilon in fully connected layers (zennit's EpsilonPlus)."""
-    return relevance_maps(model, images, classes, lrp_rules(model.module, "epsilon_plus", epsilon=options.epsilon))
+    return _lrp(model, images, classes, "epsilon_plus", options.epsilon)

@@ -15,10 +15,19 @@ from xai_core.models import Classifier
 from xai_core.per_model import once_per_model
 
 # Homogeneous in the activations, beside what is linear: gradient times input adds up.
-_HOMOGENEOUS = LINEAR | frozenset(
+HOMOGENEOUS = LINEAR | frozenset(
     (
         *("Relu", "MaxPool2DWithIndices", "MkldnnMaxPool2D", "AdaptiveMaxPool2D", "Amax", "UpsampleBicubic2D"),
         *("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "BatchNorm", "_Substituted", "_LinearRule"),
+    )
+)
+# Affine under the rules of sharing ratios, whose activations are steps of their own.
+AFFINE = LINEAR | frozenset(
+    (
+        *("MaxPool2DWithIndices", "MkldnnMaxPool2D", "AdaptiveMaxPool2D", "Amax", "UpsampleBicubic2D"),
+        *("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "BatchNorm"),
+        *("_Substituted", "_Activation", "_SharedBias", "_ShiftOfNorm"),
+        *("Convolution", "Addmm", "Mm", "Linear"),
     )
 )
 # The same where only one factor, the numerator, depends on the image.
@@ -49,17 +58,25 @@ class StructureCheck:
     Args:
         rules: the block of rules for a module, as it will be used.
         attention: whether attention and gated MLPs are ruled as a whole.
+        known: the operations that need no rule.
     """
 
-    def __init__(self, rules: Callable[[nn.Module], AbstractContextManager[None]], *, attention: bool) -> None:
+    def __init__(
+        self,
+        rules: Callable[[nn.Module], AbstractContextManager[None]],
+        *,
+        attention: bool,
+        known: frozenset[str] = HOMOGENEOUS,
+    ) -> None:
         self._rules = rules
         self._attention = attention
+        self._known = known
         #: What has no rule in a model, in words; empty where everything has.
         self.foreign = once_per_model(self._foreign)
 
     def _foreign(self, model: Classifier) -> tuple[str, ...]:
         nodes = graph_nodes(self._traced(model))
-        return tuple(sorted({word for node in nodes for word in _foreign(node)}))
+        return tuple(sorted({word for node in nodes for word in _foreign(node, self._known)}))
 
     def _traced(self, model: Classifier) -> Tensor:
         """Logits of one blank image with their graph; attention, ruled as a whole, is one step in it."""
@@ -76,10 +93,10 @@ def _as_one_step(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Te
     return output.detach() + 0 * inputs[0].sum()
 
 
-def _foreign(node: Any) -> Iterator[str]:
+def _foreign(node: Any, known: frozenset[str]) -> Iterator[str]:
     name = node_name(node)
     following = [earlier is not None for earlier, _ in node.next_functions]
     constant_right = len(following) < 2 or not following[1]
     one_factor = sum(following) < 2 and (name != "Div" or constant_right)
-    if name not in _HOMOGENEOUS and not (name in _PRODUCTS and one_factor):
+    if name not in known and not (name in _PRODUCTS and one_factor):
         yield _WORDS.get(name, name)

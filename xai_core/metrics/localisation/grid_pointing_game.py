@@ -76,6 +76,7 @@ class Game:
     paper="Boehle et al. 2021, CoDA Networks; Rao et al. 2022; VAR 4.1 (Quad-ImageNet, Part-Quad-ImageNet)",
     family="localisation",
     needs=("explainer",),
+    also_needs=lambda options: ("mask",) if options.region == "object" else (),
     definition="four images of distinct targets, each with p(target) >= confidence, are shrunk (bilinear, "
     "antialiased) into the 2 x 2 cells of one picture of the model's input size, which the method explains for "
     "each of the four targets; an image's value is the share of its target's max(map, 0) that lies in its cell. "

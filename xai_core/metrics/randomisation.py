@@ -1,1 +1,0 @@
-"""Sanity checks: does the map notice that the model was randomised?"""
