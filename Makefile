@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes among which the tests are dealt; each computes in one thread.
+WORKERS ?= 2
 ROOMS := flows tasks xai_core storage tests benchmarks
 
 .PHONY: run test faults lint format docs benchmarks clean
@@ -10,7 +12,7 @@ run: $(VENV)/.installed
 	$(BIN)/vitrine run
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --no-loadscope-reorder
 
 # The fault tests in full: some minutes of killing, damaging and filling disks.
 faults: $(VENV)/.installed-test

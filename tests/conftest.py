@@ -28,6 +28,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("short_of_memory") is None)
 
 
+SHORT_OF_MEMORY = ("storage/test_decode.py", "tasks/test_quarantine.py", "xai_core/test_batching.py")
+REAL_RUNS = ("faults", "flows")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
+    """What is dealt to a worker as one: a file; those that are short of memory; all that start whole runs.
+
+    A file's fixtures are built once then, a heap that holds what others freed feeds no test that is short of
+    memory, and there is one run with its server and workers at a time.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0].removeprefix("tests/")
+            if file in SHORT_OF_MEMORY:
+                return "short of memory"
+            folder = file.split("/", 1)[0]
+            return folder if folder in REAL_RUNS else file
+
+    return ByFile(config, log)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real images and models beside the checkout."""
