@@ -49,7 +49,12 @@ def leaderboard(store: Store, run_id: str) -> list[Standing]:
     Raises:
         StoreError: no such run in the store.
     """
-    return standings(store.results(run_id))
+    rows = standings(store.results(run_id))
+    run = store.runs.read(run_id)
+    # Records come sorted by their names.
+    told = [row["method"] for row in run.tables.get("method_info", ())] if run else []
+    place = {method: index for index, method in enumerate(told)}
+    return sorted(rows, key=lambda row: place.get(row.method, len(place)))
 
 
 def standings(results: Results) -> list[Standing]:

@@ -89,7 +89,8 @@ def _interpolate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     left = np.maximum(right - 1, 0)
     x0, x1, y0, y1 = (np.take_along_axis(of, at, axis=1) for of in (x, y) for at in (left, right))
     share = np.clip((GRID - x0) / np.maximum(x1 - x0, 1e-12), 0.0, 1.0)
-    # A curve that ends at 1 may end a rounding error before it.
-    first, last = x[:, :1] - 1e-6, x[:, -1:] + 1e-6
+    # A share of pixels is rounded: a curve reaches the point of the grid that is nearest to its end.
+    near = 0.5 / (len(GRID) - 1)
+    first, last = x[:, :1] - near, x[:, -1:] + near
     inside = (first <= GRID) & (last >= GRID)
     return np.where(inside, y0 * (1.0 - share) + y1 * share, np.nan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import scipy.stats
 from storage import open_store
 from storage.commits import Unit
 from storage.results import Results
+from storage.runs import RunRecord
 from storage.schema import rows_to_table
 from storage.store import Store
 from storage.views import UNTOLD
 from tasks.bootstrap import PairedMeans, bootstrap_differences, bootstrap_means
-from tasks.leaderboard import Gap, gaps, leaderboard_markdown, standings
+from tasks.leaderboard import Gap, gaps, leaderboard, leaderboard_markdown, standings
 from tasks.measurements import Measurements, measurements
 from tasks.paired import Difference, duels, paired_differences
 
@@ -86,6 +88,15 @@ def test_what_is_missing_is_counted_by_reason(store: Store) -> None:
         Gap("iou", EMPTY, {"b": 2, "a": 1}),
         Gap("iou", UNTOLD, {"a": 1}),
     ]
+
+
+def test_a_runs_leaderboard_has_the_methods_as_its_config_has_them(store: Store) -> None:
+    results = committed(store, UNITS)
+    run = RunRecord("run", "run", {}, {}, tables={"method_info": [{"method": "b"}, {"method": "a"}]})
+    store.runs.write(run.with_keys({record.unit: record.key for _, record in results.members}))
+    assert [row.method for row in leaderboard(store, "run")] == ["b", "b", "a", "a"]
+    store.runs.write(replace(store.runs.read("run"), tables={"method_info": [{"method": "a"}, {"method": "b"}]}))
+    assert [row.method for row in leaderboard(store, "run")] == ["a", "a", "b", "b"]
 
 
 def test_a_metric_that_a_method_has_no_rows_of_is_no_standing(store: Store) -> None:

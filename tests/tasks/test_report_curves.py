@@ -15,6 +15,7 @@ from storage.schema import rows_to_table
 from tasks.curve_kinds import GROUPS, INFORMATION, KINDS, RANDOMISED, REPLACED, UNKNOWN, kind_of, place_of
 from tasks.report_curves import GRID, MeanCurve, mean_curves
 from tasks.report_figures import Chart, curve_charts, in_groups, legend
+from tests.conftest import TINY, config_with
 
 # Points (fraction, value) of one image.
 Points = list[tuple[float, float]]
@@ -44,7 +45,7 @@ def test_curves_whose_images_have_other_steps_are_joined_point_by_point(tmp_path
 
 
 def test_a_curve_says_nothing_before_its_first_step_and_after_its_last(tmp_path: Path) -> None:
-    (found,) = curves_of(tmp_path, {"road_most": [[(0.1, 1), (0.9, 0)], [(0.2, 1), (0.8, 0.5)]]})
+    (found,) = curves_of(tmp_path, {"road_most": [[(0.1, 1), (0.9, 0)], [(0.2, 1), (0.7999, 0.5)]]})
     assert GRID[found.covered][[0, -1]] == pytest.approx([0.2, 0.8])
     assert np.isnan(found.mean[~found.covered]).all()
     assert found.mean[found.covered][-1] == pytest.approx((0.125 + 0.5) / 2, abs=1e-6)
@@ -102,6 +103,24 @@ def test_charts_that_are_compared_share_a_scale_and_others_have_their_own() -> N
     assert span["randomisation"] == [pytest.approx(-0.56), pytest.approx(1.06)]
     assert span["novel"] == [0, pytest.approx(7.28)]
     assert "from 1.00 over 0.25 half-way to -0.50" in charts["randomisation"].description
+
+
+def test_what_the_metrics_record_is_of_a_known_kind(run_chain, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    study = config_with(
+        TINY,
+        dataset={"images": 2},
+        methods=["grad_cam"],
+        concepts={"layers": []},
+        metrics=[
+            *({"name": name, "steps": 2} for name in ("insertion", "deletion", "srg")),
+            *("p_insertion", "p_deletion", "irof"),
+            *({"name": name, "thresholds": [0.1]} for name in ("aic", "sic")),
+            {"name": "road", "percentages": [50]},
+            {"name": "randomisation", "fractions": [1.0]},
+        ],
+    )
+    names = [row["curve"] for row in run_chain(study, tmp_path / "store").sql("select distinct curve from curves")]
+    assert {name.split("[")[0] for name in names} == set(KINDS)
 
 
 def test_kinds_are_known_by_the_stem_of_their_id() -> None:

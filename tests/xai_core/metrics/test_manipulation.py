@@ -110,8 +110,8 @@ def test_it_brings_the_map_nearer_to_the_goal_and_holds_the_logits(
     evidence = explained(model, images, targets, method, **options)
     assert evidence.explainer is not None
     goals = evidence.maps.flip(0)
-    found = Attack(model, evidence.explainer, AttackOptions()).run(images, targets, goals)
-    assert (found.steps < AttackOptions().max_steps).all()
+    found = Attack(model, evidence.explainer, AttackOptions(learning_rate=3e-3)).run(images, targets, goals)
+    assert (found.steps < 30).all()
     maps = evidence.explainer.maps(model, found.images, targets)
     before, after = ((shares(one) - shares(goals)).square().sum(dim=(1, 2)) for one in (evidence.maps, maps))
     assert (after < factor * before).all(), after / before
@@ -178,23 +178,23 @@ def test_both_metrics_share_one_attack() -> None:
     assert sum(passes.sizes) == first
 
 
-@pytest.mark.parametrize("method", ["gradient", "smooth_grad"])
-def test_neighbours_and_batch_sizes_change_nothing(method: str) -> None:
+@pytest.mark.parametrize(("method", "options"), [("gradient", {}), ("smooth_grad", {"samples": 2})])
+def test_neighbours_and_batch_sizes_change_nothing(method: str, options: dict[str, Any]) -> None:
     model = tiny_cnn()
-    images, _ = valid(5, model)
-    targets = torch.tensor([0, 1, 1, 2, 0])
-    options = {"samples": 3} if method == "smooth_grad" else {}
+    images, _ = valid(4, model)
+    targets = torch.tensor([0, 1, 1, 0])
     together = explained(model, images, targets, method, **options)
     small = explained(model, images, targets, method, batch_size=4, **options)
+    pairs = [
+        explained(model, images[pair], targets[pair], method, **options)
+        for pair in ([0, 1], [1, 3], [2, 3], [3, 1])
+    ]
     for name in NAMES:
-        values, reasons = measured(together, name, max_steps=STEPS)
+        values, reasons = measured(together, name, max_steps=6)
         assert set(reasons) == {None}
-        torch.testing.assert_close(measured(small, name, max_steps=STEPS)[0], values, rtol=0, atol=1e-6)
-        for b, partner in enumerate([1, 3, 3, 4, 1]):
-            pair = [b, partner]
-            alone = explained(model, images[pair], targets[pair], method, **options)
-            value, _ = measured(alone, name, max_steps=STEPS)
-            assert float(value[0]) == pytest.approx(float(values[b]), abs=1e-6)
+        torch.testing.assert_close(measured(small, name, max_steps=6)[0], values, rtol=0, atol=1e-6)
+        alone = torch.stack([measured(pair, name, max_steps=6)[0][0] for pair in pairs])
+        torch.testing.assert_close(alone, values, rtol=0, atol=1e-6)
 
 
 @settings(max_examples=40, deadline=None)
