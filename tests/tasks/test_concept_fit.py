@@ -171,7 +171,8 @@ def test_a_users_folder_gives_the_concepts(run_chain: Chain, tmp_path: Path) -> 
 
 def test_a_folders_content_is_part_of_the_key_and_its_times_are_not(run_chain: Chain, tmp_path: Path) -> None:
     folder = concept_folder(tmp_path / "concepts", "dotted", "random")
-    document = config_with(STUDY, methods=[{"name": "visual_tcav", "steps": 2, "concepts": str(folder)}], dataset={"images": 4})
+    method = {"name": "visual_tcav", "steps": 2, "concepts": str(folder)}
+    document = config_with(STUDY, methods=[method], dataset={"images": 4})
     run_chain(document, tmp_path / "store")
     before = key_of_fit(document, tmp_path / "store")
     (folder / "dotted" / "0.png").touch()
