@@ -35,8 +35,8 @@ class AttackOptions:
     learning_rate: float = 1e-3
     mse: float = 1e-3
     bound: float = 8.0
-    max_steps: int = 500
-    softplus_beta: float | None = 10.0
+    max_steps: int = 300
+    softplus_beta: float | None = 30.0
 
     def __post_init__(self) -> None:
         for name in ("explanation_weight", "learning_rate", "mse", "bound"):
