@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 SHORT_OF_MEMORY = ("storage/test_decode.py", "tasks/test_quarantine.py", "xai_core/test_batching.py")
-REAL_RUNS = ("faults", "flows")
+WHOLE_RUNS = ("faults", "flows")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -46,8 +46,7 @@ def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
             file = nodeid.split("::", 1)[0].removeprefix("tests/")
             if file in SHORT_OF_MEMORY:
                 return "short of memory"
-            folder = file.split("/", 1)[0]
-            return folder if folder in REAL_RUNS else file
+            return "whole runs" if file.split("/", 1)[0] in WHOLE_RUNS else file
 
     return ByFile(config, log)
 
