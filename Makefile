@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 ROOMS := flows tasks xai_core storage tests benchmarks
 
-.PHONY: run test faults lint format docs benchmarks clean
+.PHONY: run test faults coverage lint format docs benchmarks clean
 
 run: $(VENV)/.installed
 	$(BIN)/vitrine run
@@ -17,6 +17,10 @@ test: $(VENV)/.installed-test
 # The fault tests in full: some minutes of killing, damaging and filling disks.
 faults: $(VENV)/.installed-test
 	VITRINE_FAULTS=full $(BIN)/python -m pytest tests/faults
+
+# Every method on every kind of network, as the table in docs/methods.md says: some minutes.
+coverage: $(VENV)/.installed-test
+	VITRINE_COVERAGE=full $(BIN)/python -m pytest tests/xai_core/test_coverage.py
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check $(ROOMS)
@@ -50,6 +54,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
-$(VENV)/.installed-lint: $(VENV)/.installed
+$(VENV)/.installed-# Every method on every kind of network, as the table in docs/methods.md says: some minutes.
+coverage: $(VENV)/.installed-test
+	VITRINE_COVERAGE=full $(BIN)/python -m pytest tests/xai_core/test_coverage.py
+
+lint: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[lint]"
 	touch $@

@@ -88,9 +88,14 @@ def test_a_full_disk_ends_the_run_clearly_and_the_next_completes(
     assert_nothing_is_half_done(store)
     room.unlink()
     assert vitrine("run", config, "--store", store, api=prefect_api).returncode == 0
-    assert_same_as_a_clean_run(store, config, tmp_path, prefect_api)
+    (run,) = open_store(store).runs.all()
+    assert run.state == "complete"
+    assert verify_store(open_store(store)).damage == ()
+    if FULL:
+        assert_same_as_a_clean_run(store, config, tmp_path, prefect_api)
 
 
+@pytest.mark.skipif(not FULL, reason="the full form alone: VITRINE_FAULTS=full, or make faults")
 def test_a_limit_on_file_sizes_ends_the_run_clearly_and_the_next_completes(
     config: Path, tmp_path: Path, prefect_api: str
 ) -> None:
