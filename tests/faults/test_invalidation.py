@@ -208,8 +208,9 @@ def test_a_change_reruns_what_depends_on_it_and_nothing_else(run_chain: Chain, p
     assert run_chain(changed, place.store).counts == {}
 
 
-# No method here learns from data: tests/tasks/test_concept_fit.py bumps the version of "fit".
-@pytest.mark.parametrize("name", [name for name in STAGES if name != "fit"])
+# Not run here: no method learns from data (see tests/tasks/test_concept_fit.py), no metric reads the truth (see
+# tests/tasks/test_truth_files.py).
+@pytest.mark.parametrize("name", [name for name in STAGES if name not in ("fit", "truth")])
 def test_new_code_of_a_stage_reruns_it_and_what_reads_it(
     run_chain: Chain, place: Place, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,5 +253,8 @@ def test_the_matrix_changes_every_key_of_the_config() -> None:
         "model.checkpoint": "weights",
         "concepts.extractors": "an extractor more",
         "compute.scheduler": "where it is computed",
+        **dict.fromkeys(
+            ("truth.masks", "truth.foreground", "truth.ignore", "truth.boxes"), "tests/tasks/test_truth_files.py"
+        ),
     }
     assert keys - said - elsewhere.keys() == set()
