@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -23,6 +22,8 @@ from tests.conftest import TINY, config_with
 from tests.faults.processes import FULL, Faults, Warm, committed, digest, start_vitrine, units
 from tests.flows.command import VITRINE, wait_for, write_config
 
+pytestmark = pytest.mark.skipif(not FULL, reason="minutes of whole runs: VITRINE_FAULTS=full, or make faults")
+
 STUDY = config_with(
     TINY,
     dataset={"images": 6},
@@ -34,9 +35,6 @@ STUDY = config_with(
 )
 IN_A_STAGE = {"moment": "write", "path": r"/arrays/attribute/grad_cam.*/maps/.*c\.4\."}
 AT_THE_END = {"moment": "rename", "path": r"/commits/report/"}
-# Nothing but the wait for an answer is shorter than in earnest.
-IMPATIENT = "import flows.api; flows.api.SILENCE_SECONDS = 3.0; from flows.cli import main; main()"
-COMMAND = (str(VITRINE),) if FULL else (sys.executable, "-c", IMPATIENT)
 SECONDS_TO_END = 150
 # Nothing listens on the discard port.
 NOBODY = "http://127.0.0.1:9/api"
@@ -57,7 +55,7 @@ class Run:
             cwd=folder,
             log=self.log,
             environment=self.faults.environment(api),
-            program=COMMAND,
+            program=(str(VITRINE),),
         )
         self._family: set[psutil.Process] = set()
         self.until(lambda: self.faults.held, "the moment")
@@ -175,7 +173,6 @@ def test_trouble_in_telling_prefect_of_progress_spares_the_stage_and_defects_are
         fresh.wait("why")
 
 
-@pytest.mark.skipif(not FULL, reason="half a minute long: set VITRINE_FAULTS=full")
 def test_an_api_that_is_lost_when_all_is_done_does_not_undo_the_success(warm: Warm, tmp_path: Path) -> None:
     other = LocalServer(tmp_path / "other")
     try:
@@ -192,7 +189,6 @@ def test_an_api_that_is_lost_when_all_is_done_does_not_undo_the_success(warm: Wa
     assert digest(tmp_path / "store") == warm.clean(STUDY).digest
 
 
-@pytest.mark.skipif(not FULL, reason="a minute long: set VITRINE_FAULTS=full")
 def test_a_server_that_cannot_be_kept_alive_ends_the_run(tmp_path: Path) -> None:
     run = Run(tmp_path, "own")
     killed: set[psutil.Process] = set()

@@ -19,6 +19,8 @@ from tests.conftest import TINY, config_with
 from tests.faults.processes import FULL, Faults, Warm, committed, digest, start_vitrine, units
 from tests.flows.command import LIMIT_SECONDS, wait_for, write_config
 
+pytestmark = pytest.mark.skipif(not FULL, reason="minutes of whole runs: VITRINE_FAULTS=full, or make faults")
+
 WORKERS = 2
 STUDY = config_with(
     TINY,
@@ -32,7 +34,7 @@ ILL = Unit("attribute", "grad_cam", 1)
 IN_ATTRIBUTE = {"moment": "write", "path": r"/arrays/attribute/grad_cam.*/maps/.*c\.1\."}
 IN_METRICS = {"moment": "rename", "path": r"/tables/metrics/.*metrics-0000003-"}
 # A unit is given up when it took more workers with it than Dask allows to fail, by default 3.
-ALLOWED = 3 if FULL else 0
+ALLOWED = 3
 
 
 def run(folder: Path, api: str, faults: Faults, **variables: str) -> tuple[int, str]:
@@ -91,13 +93,11 @@ def test_a_unit_that_kills_its_workers_is_named_and_given_up_and_no_other_is(
     assert units(store).keys() - committed(store).keys() == {ILL}
     assert faults.begun()[units(store)[ILL][:KEY_CHARACTERS]] == deaths
 
-    if FULL:
-        status, said = run(tmp_path, prefect_api, Faults(tmp_path))
-        assert status == 0, said[-3000:]
-        assert digest(store.root) == warm.clean(STUDY).digest
+    status, said = run(tmp_path, prefect_api, Faults(tmp_path))
+    assert status == 0, said[-3000:]
+    assert digest(store.root) == warm.clean(STUDY).digest
 
 
-@pytest.mark.skipif(not FULL, reason="a cluster of its own: set VITRINE_FAULTS=full")
 def test_a_lost_scheduler_ends_the_run_with_a_clear_error(
     tmp_path: Path, prefect_api: str, scheduler: Started
 ) -> None:
