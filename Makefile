@@ -14,7 +14,7 @@ run: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --no-loadscope-reorder
 
-# The fault tests in full: some minutes of killing, damaging and filling disks.
+# The fault tests in full: minutes of killing, damaging and filling disks; `make test` has the short ones alone.
 faults: $(VENV)/.installed-test
 	VITRINE_FAULTS=full $(BIN)/python -m pytest tests/faults
 

@@ -6,7 +6,24 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.processes import Warm
+from tests.faults.processes import FULL, Warm
+
+# Minutes of processes that are killed, starved and restarted: `make faults` alone runs these.
+collect_ignore = (
+    []
+    if FULL
+    else [
+        "test_disk_full.py",
+        "test_inputs.py",
+        "test_kill_points.py",
+        "test_kills.py",
+        "test_mutations.py",
+        "test_prefect_server.py",
+        "test_readers.py",
+        "test_two_runs.py",
+        "test_workers.py",
+    ]
+)
 
 
 @pytest.fixture(scope="session")

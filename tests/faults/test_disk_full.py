@@ -15,10 +15,8 @@ from storage.digest import results_digest
 from storage.store import open_store
 from storage.verify import verify_store
 from tests.conftest import TINY, config_with
-from tests.faults.processes import FULL, SINGLE
+from tests.faults.processes import SINGLE
 from tests.flows.command import VITRINE
-
-pytestmark = pytest.mark.skipif(not FULL, reason="minutes of whole runs: VITRINE_FAULTS=full, or make faults")
 
 # Large enough for the server's database, too small for the report.
 CONFIG = config_with(TINY, concepts={"layers": []}, methods=["grad_cam"], metrics=["p_deletion"])

@@ -19,10 +19,8 @@ from flows.unheeded import Unheeded
 from storage.commits import KEY_CHARACTERS
 from storage.store import open_store
 from tests.conftest import TINY, config_with
-from tests.faults.processes import FULL, Faults, Warm, committed, digest, start_vitrine, units
+from tests.faults.processes import Faults, Warm, committed, digest, start_vitrine, units
 from tests.flows.command import VITRINE, wait_for, write_config
-
-pytestmark = pytest.mark.skipif(not FULL, reason="minutes of whole runs: VITRINE_FAULTS=full, or make faults")
 
 STUDY = config_with(
     TINY,

@@ -16,10 +16,8 @@ from storage.commits import KEY_CHARACTERS, Unit
 from storage.schema import TABLES
 from storage.store import Store, open_store
 from tests.conftest import TINY, config_with
-from tests.faults.processes import FULL, Faults, Warm, committed, digest, start_vitrine, units
+from tests.faults.processes import Faults, Warm, committed, digest, start_vitrine, units
 from tests.flows.command import LIMIT_SECONDS, wait_for, write_config
-
-pytestmark = pytest.mark.skipif(not FULL, reason="minutes of whole runs: VITRINE_FAULTS=full, or make faults")
 
 WORKERS = 2
 STUDY = config_with(
