@@ -54,10 +54,6 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
-$(VENV)/.installed-# Every method on every kind of network, as the table in docs/methods.md says: some minutes.
-coverage: $(VENV)/.installed-test
-	VITRINE_COVERAGE=full $(BIN)/python -m pytest tests/xai_core/test_coverage.py
-
-lint: $(VENV)/.installed
+$(VENV)/.installed-lint: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[lint]"
 	touch $@
