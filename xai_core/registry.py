@@ -180,7 +180,7 @@ def refuse_unread(options: Any, why: str, *names: str) -> None:
     Raises:
         UsageError: naming the option and why it is not read.
     """
-    for name in _changed(options):
+    for name in changed(options):
         if name in names:
             raise UsageError(f"{name}: nothing reads it {why}; leave it out")
 
@@ -191,12 +191,12 @@ def variant_id(name: str, options: Any) -> str:
     ``kl_hessian`` with epsilon 0.3 is ``kl_hessian[epsilon=0.3]``. Options that have a method ``in_id`` say
     themselves what stands there, as a mapping.
     """
-    shown = options.in_id() if hasattr(options, "in_id") else _changed(options)
+    shown = options.in_id() if hasattr(options, "in_id") else changed(options)
     spelled = ",".join(f"{key}={_spell(value)}" for key, value in shown.items())
     return f"{name}[{spelled}]" if spelled else name
 
 
-def _changed(options: Any) -> dict[str, Any]:
+def changed(options: Any) -> dict[str, Any]:
     """The options that are off their defaults."""
     values = {option.name: (getattr(options, option.name), option) for option in dataclasses.fields(options)}
     return {key: value for key, (value, option) in values.items() if value != _default(option)}

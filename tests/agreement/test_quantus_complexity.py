@@ -84,7 +84,7 @@ def test_an_empty_map_is_the_sparsest_and_the_least_sparse_to_them() -> None:
     assert np.isnan(theirs("entropy", maps)[1])
     for name in PEERS:
         result = ours(name, maps)
-        assert result.reasons[name] == (None, "the map is zero everywhere", None)
+        assert result.reasons[name] == (None, "the map is zero", None)
         assert np.isnan(values(name, maps)).tolist() == [False, True, False]
 
 

@@ -81,7 +81,7 @@ def differentiable_maps(explainer: Explainer, model: Classifier, images: Tensor,
     called within :func:`second_derivatives`, with a method that is ``differentiable``.
     """
     entry = explainer.entry
-    options = entry.options() if explainer.options is None else explainer.options
+    options = explainer.chosen
     found = entry.function(model, images, targets.view(-1, 1), options, explainer.batch_size)
     maps = found.maps if isinstance(found, MapsWithArrays) else found
     return upsample_map(maps.squeeze(1), images.shape[-2:], entry.upsampling)

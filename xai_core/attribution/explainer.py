@@ -31,6 +31,11 @@ class Explainer:
         """What the registry says of the method."""
         return methods.get(self.method)
 
+    @property
+    def chosen(self) -> Any:
+        """The method's options, its defaults where none were given."""
+        return self.entry.options() if self.options is None else self.options
+
     def maps(self, model: Classifier, images: Tensor, targets: Tensor, parts: Tensor | None = None) -> Tensor:
         """Maps ``[B, H, W]`` of the targets ``[B]``; part methods need ``parts`` and paint them."""
         return attribute(model, images, targets, parts=parts, **self._how)
@@ -52,10 +57,9 @@ class Explainer:
 
     def seeded(self, seed: int) -> Explainer | None:
         """The same method with another seed, or None where chance plays no part in it."""
-        options = self.entry.options() if self.options is None else self.options
-        if not any(option.name == "seed" for option in dataclasses.fields(options)):
+        if not any(option.name == "seed" for option in dataclasses.fields(self.chosen)):
             return None
-        return dataclasses.replace(self, options=dataclasses.replace(options, seed=seed))
+        return dataclasses.replace(self, options=dataclasses.replace(self.chosen, seed=seed))
 
     @property
     def _how(self) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from torch import Tensor
 from xai_core.errors import UsageError
 from xai_core.metrics.evidence import Evidence
 from xai_core.metrics.measured import Measured
+from xai_core.metrics.shapeless import not_finite, zero
 from xai_core.registry import NoOptions, metrics
 
-NULL = "null where the map is zero everywhere or not finite"
+NULL = "null where the map is zero or not finite"
 
 
 @metrics.register(
@@ -89,10 +90,6 @@ def magnitudes(evidence: Evidence) -> tuple[Tensor, dict[str, Tensor]]:
 
     def computed() -> tuple[Tensor, dict[str, Tensor]]:
         magnitude = evidence.maps.flatten(1).double().abs()
-        undefined = {
-            "the map is not finite": ~magnitude.isfinite().all(dim=1),
-            "the map is zero everywhere": (magnitude == 0).all(dim=1),
-        }
-        return magnitude, undefined
+        return magnitude, {**not_finite(magnitude), **zero(magnitude)}
 
     return evidence.once("magnitudes of the maps", computed)

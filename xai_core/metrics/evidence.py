@@ -14,6 +14,7 @@ from xai_core.attribution.explainer import Explainer
 from xai_core.baselines import Baseline, make_baseline
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
+from xai_core.metrics.shapeless import constant, not_finite, varies
 from xai_core.metrics.trajectory import (
     Curve,
     Rankings,
@@ -81,6 +82,19 @@ class Evidence:
         return self._kept[key]  # type: ignore[return-value]
 
     @property
+    def method(self) -> Explainer:
+        """The method that made the maps, to ask it again.
+
+        Raises:
+            UsageError: it was not given.
+        """
+        if self.explainer is None:
+            raise UsageError(
+                "metrics: expected the method that made the maps, got none: give Evidence an Explainer"
+            )
+        return self.explainer
+
+    @property
     def labels(self) -> Tensor:
         """Part labels ``[B, H, W]``; one part that is the whole image where none were given."""
         return torch.zeros_like(self.maps, dtype=torch.long) if self.parts is None else self.parts
@@ -131,11 +145,11 @@ class Evidence:
 
     def unranked(self, unit: str) -> dict[str, Tensor]:
         """Why a ranking of ``pixels`` or ``parts`` would mean nothing, as reasons with where they apply."""
-        reasons = {"the map is not finite": ~torch.isfinite(self.maps.flatten(1)).all(dim=1)}
+        reasons = not_finite(self.maps)
         if unit == "pixels":
-            return {**reasons, "the map is constant": ~_varies(self.maps.flatten(1))}
+            return {**reasons, **constant(self.maps)}
         few = (~self.scores.isnan()).sum(dim=1) < 2
-        return {**reasons, "fewer than two parts": few, "all parts score the same": ~_varies(self.scores)}
+        return {**reasons, "fewer than two parts": few, "all parts score the same": ~varies(self.scores)}
 
     @cached_property
     def clean(self) -> Tensor:
@@ -188,12 +202,3 @@ class Evidence:
         if not len(owner):
             return torch.zeros(0, dtype=torch.float64, device=self.images.device)
         return torch.cat(run_batches(forwarded, len(owner), self.batch_size))
-
-
-def _varies(values: Tensor) -> Tensor:
-    """Where rows ``[B, n]`` hold at least two different numbers; NaN counts for nothing."""
-    if not values.shape[1]:
-        return torch.zeros(len(values), dtype=torch.bool, device=values.device)
-    highest = values.nan_to_num(-torch.inf).amax(dim=1)
-    lowest = values.nan_to_num(torch.inf).amin(dim=1)
-    return highest > lowest

@@ -7,7 +7,7 @@ any map becomes such importance by its means inside patches.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -18,6 +18,7 @@ from xai_core.errors import UsageError
 from xai_core.metrics.evidence import Evidence
 from xai_core.metrics.localisation.regions import true_mask
 from xai_core.metrics.measured import Measured
+from xai_core.metrics.shapeless import constant, not_finite
 from xai_core.metrics.truth import INSIDE, UNKNOWN
 from xai_core.registry import metrics
 
@@ -153,7 +154,7 @@ def sparsity(evidence: Evidence, options: ImportanceOptions) -> Measured:
 def reproducibility(evidence: Evidence, options: ReproducibilityOptions) -> Measured:
     """Reproducibility r: how far importance varies with the method's seed."""
     first, reasons = importance_of(evidence.maps, options)
-    others = _reseeded(cast("Explainer", evidence.explainer), options.runs)
+    others = _reseeded(evidence.method, options.runs)
     nowhere = torch.zeros(len(evidence), dtype=torch.bool, device=first.device)
     if not others:
         return Measured(first.new_full(nowhere.shape, torch.nan), {"the method has no seed of its own": ~nowhere})
@@ -170,14 +171,14 @@ def reproducibility(evidence: Evidence, options: ReproducibilityOptions) -> Meas
 def importance_of(maps: Tensor, options: ImportanceOptions) -> tuple[Tensor, dict[str, Tensor]]:
     """Importance ``[B, N]`` (float64) of the patches of maps ``[B, H, W]``, and by reason where it is none."""
     flat = maps.flatten(1)
-    reasons = {"the map is not finite": ~flat.isfinite().all(dim=1)}
+    reasons = not_finite(maps)
     means = patch_means(maps, options.patch)
     if options.scale == "none":
         reasons["the map is not in [0, 1]"] = (flat.amin(dim=1) < 0) | (flat.amax(dim=1) > 1)
         return means, reasons
     lowest, highest = means.amin(dim=1, keepdim=True), means.amax(dim=1, keepdim=True)
     differ = highest - lowest > _ROUNDING * means.abs().amax(dim=1, keepdim=True)
-    reasons["the map is constant"] = flat.amax(dim=1) == flat.amin(dim=1)
+    reasons |= constant(maps)
     reasons["all patches are equally important"] = ~differ.squeeze(1)
     if options.scale == "range":
         return (means - lowest) / (highest - lowest), reasons
@@ -213,6 +214,6 @@ def _empty(evidence: Evidence) -> Tensor:
 
 def _reseeded(explainer: Explainer, runs: int) -> list[Explainer]:
     """The method with the seeds that follow its own; none where chance plays no part in it."""
-    own = getattr(explainer.entry.options() if explainer.options is None else explainer.options, "seed", 0)
+    own = getattr(explainer.chosen, "seed", 0)
     others = [explainer.seeded(own + run) for run in range(1, runs)]
     return [one for one in others if one is not None]

@@ -91,7 +91,7 @@ def test_null_reasons() -> None:
     for name in NAMES:
         assert result.reasons[name] == (
             None,
-            "the map is zero everywhere",
+            "the map is zero",
             "the map is not finite",
             "the map is not finite",
         )

@@ -21,8 +21,9 @@ from xai_core.metrics.localisation.overlap import (
     positive_part,
     share_inside,
 )
-from xai_core.metrics.localisation.regions import Region, not_finite, true_mask
+from xai_core.metrics.localisation.regions import Region, true_mask
 from xai_core.metrics.measured import Measured
+from xai_core.metrics.shapeless import not_finite
 from xai_core.metrics.truth import INSIDE, UNKNOWN
 from xai_core.parts.labels import MOST_PARTS
 from xai_core.registry import metrics
@@ -123,9 +124,7 @@ def grid_pointing_game(evidence: Evidence, options: GridPointingGameOptions) -> 
 
 def _play(evidence: Evidence, options: GridPointingGameOptions) -> Game:
     """Puts mosaics together and asks the method about each of their classes."""
-    explainer = evidence.explainer
-    if explainer is None:
-        raise UsageError("grid_pointing_game: expected the method itself, got none: give Evidence an Explainer")
+    explainer = evidence.method
     images = evidence.images
     confident = evidence.clean >= options.confidence
     mosaics = arrange(confident, evidence.targets, images.shape[-2:], options.side, options.seed)

@@ -17,10 +17,10 @@ from xai_core.metrics.localisation.regions import (
     REGION,
     Region,
     RegionOptions,
-    not_finite,
     target_region,
 )
 from xai_core.metrics.measured import Measured
+from xai_core.metrics.shapeless import not_finite
 from xai_core.registry import metrics, refuse_unread
 
 NULL_POSITIVE = f"{NULL}, or where no known pixel has positive relevance"

@@ -15,11 +15,10 @@ from xai_core.metrics.localisation.regions import (
     REGION,
     Region,
     RegionOptions,
-    constant,
-    not_finite,
     target_region,
 )
 from xai_core.metrics.measured import Measured
+from xai_core.metrics.shapeless import constant, not_finite
 from xai_core.registry import metrics
 
 
@@ -59,7 +58,7 @@ def pointing_game(evidence: Evidence, options: PointingGameOptions) -> Measured:
     candidates = maps.masked_fill(~known, -torch.inf)
     highest = known & (candidates == candidates.amax(dim=(1, 2), keepdim=True))
     hits = (highest & region.inside).sum(dim=(1, 2)).double() / highest.sum(dim=(1, 2))
-    return Measured(hits, {**not_finite(maps), **region.undefined, **constant(maps, known)})
+    return Measured(hits, {**not_finite(maps), **region.undefined, **constant(maps, known=known)})
 
 
 def widened(region: Region, tolerance: float) -> Region:

@@ -96,15 +96,3 @@ def _in_box(mask: Tensor) -> Tensor:
     row = torch.arange(height, device=mask.device).view(1, -1, 1)
     column = torch.arange(width, device=mask.device).view(1, 1, -1)
     return (row >= top) & (row < bottom) & (column >= left) & (column < right)
-
-
-def not_finite(maps: Tensor) -> dict[str, Tensor]:
-    """Which of some maps ``[B, H, W]`` hold NaN or infinity, as a reason with where it applies."""
-    return {"the map is not finite": ~maps.flatten(1).isfinite().all(dim=1)}
-
-
-def constant(maps: Tensor, known: Tensor) -> dict[str, Tensor]:
-    """Which of some maps ``[B, H, W]`` are the same at every known pixel: they rank nothing."""
-    highest = maps.masked_fill(~known, -torch.inf).flatten(1).amax(dim=1)
-    lowest = maps.masked_fill(~known, torch.inf).flatten(1).amin(dim=1)
-    return {"the map is constant": highest == lowest}

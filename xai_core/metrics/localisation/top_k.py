@@ -12,11 +12,10 @@ from xai_core.metrics.localisation.regions import (
     NULL,
     REGION,
     RegionOptions,
-    constant,
-    not_finite,
     target_region,
 )
 from xai_core.metrics.measured import Measured
+from xai_core.metrics.shapeless import constant, not_finite
 from xai_core.registry import metrics
 
 
@@ -57,7 +56,7 @@ def top_k_intersection(evidence: Evidence, options: TopKOptions) -> Measured:
     reasons = {
         **not_finite(evidence.maps),
         **region.undefined,
-        **constant(evidence.maps, region.known),
+        **constant(evidence.maps, known=region.known),
         "no more than k pixels are known": known.sum(dim=1) <= options.k,
     }
     return Measured(((above & inside).sum(dim=1) + shared) / options.k, reasons)

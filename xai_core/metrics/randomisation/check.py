@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from xai_core.attribution.explainer import Explainer
 from xai_core.attribution.interface import misfit
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
@@ -18,11 +17,18 @@ from xai_core.metrics.evidence import Evidence
 from xai_core.metrics.measured import Measured
 from xai_core.metrics.randomisation.similarity import SIMILARITIES, SIMILARITY_NAMES, SimilarityName
 from xai_core.metrics.randomisation.weights import randomised_copies
+from xai_core.metrics.shapeless import constant, not_finite
 from xai_core.metrics.trajectory import Curve
 from xai_core.models import Classifier, load_classifier
-from xai_core.registry import metrics, variant_id
+from xai_core.registry import changed, metrics, refuse_unread, variant_id
 
 Test = Literal["weights", "labels", "class"]
+
+_UNREAD: dict[Test, tuple[str, ...]] = {
+    "weights": ("checkpoint",),
+    "labels": ("fractions", "seed"),
+    "class": ("fractions", "checkpoint"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,22 +58,16 @@ class RandomisationOptions:
             raise UsageError(
                 f"randomisation.fractions: expected ascending numbers in (0, 1], got {list(self.fractions)}"
             )
-        if self.test != "weights" and self.fractions != RandomisationOptions.fractions:
-            raise UsageError(f"randomisation.fractions: expected with test weights only, got it with {self.test}")
-        if self.test == "labels" and self.seed != RandomisationOptions.seed:
-            raise UsageError("randomisation.seed: expected with test weights or class, got it with labels")
+        refuse_unread(self, f"with test {self.test}", *_UNREAD[self.test])
         if self.test == "labels" and self.checkpoint is None:
             raise UsageError(
                 "randomisation.checkpoint: expected with test labels the safetensors file of the same "
                 "architecture trained on shuffled labels, got none"
             )
-        if self.test != "labels" and self.checkpoint is not None:
-            raise UsageError(f"randomisation.checkpoint: expected with test labels only, got it with {self.test}")
 
     def in_id(self) -> dict[str, Any]:
         """What stands in the id: what is off its default; a file by its name, without its folder."""
-        given = {option.name: (getattr(self, option.name), option.default) for option in fields(self)}
-        shown = {name: value for name, (value, default) in given.items() if value != default}
+        shown = changed(self)
         if self.checkpoint is not None:
             shown["checkpoint"] = Path(self.checkpoint).name
         return shown
@@ -163,9 +163,8 @@ _CHECKS: dict[Test, Callable[[Evidence, RandomisationOptions], Measured]] = {
 
 def _explained(evidence: Evidence, model: Classifier, classes: Tensor | None = None) -> Tensor | None:
     """The method's maps ``[B, H, W]`` of another model or class; None where it refuses the model."""
-    explainer = cast("Explainer", evidence.explainer)
-    options = explainer.entry.options() if explainer.options is None else explainer.options
-    if misfit(explainer.entry, model, options) is not None:
+    explainer = evidence.method
+    if misfit(explainer.entry, model, explainer.chosen) is not None:
         return None
     targets = evidence.targets if classes is None else classes
     return explainer.maps(model, evidence.images, targets, evidence.parts)
@@ -179,8 +178,7 @@ def _compared(evidence: Evidence, others: Tensor | None, whose: str, options: Ra
         nothing = torch.full(refused.shape, torch.nan, dtype=torch.float64, device=refused.device)
         return Measured(nothing, {**reasons, f"the method refuses {whose}": refused})
     maps, others = _of_interest(evidence.maps, options), _of_interest(others, options)
-    reasons[f"the map of {whose} is not finite"] = ~others.isfinite().flatten(1).all(dim=1)
-    reasons[f"the map of {whose} is constant"] = _constant(others)
+    reasons |= {**not_finite(others, f"the map of {whose}"), **constant(others, f"the map of {whose}")}
     similarity = SIMILARITIES[options.similarity]
     values = run_batches(lambda rows: similarity(maps[rows], others[rows]), len(evidence), evidence.batch_size)
     return Measured(torch.cat(values), reasons)
@@ -188,16 +186,8 @@ def _compared(evidence: Evidence, others: Tensor | None, whose: str, options: Ra
 
 def _own_reasons(maps: Tensor, options: RandomisationOptions) -> dict[str, Tensor]:
     maps = _of_interest(maps, options)
-    return {
-        "the map is not finite": ~maps.isfinite().flatten(1).all(dim=1),
-        "the map is constant": _constant(maps),
-    }
+    return {**not_finite(maps), **constant(maps)}
 
 
 def _of_interest(maps: Tensor, options: RandomisationOptions) -> Tensor:
     return maps.abs() if options.absolute else maps
-
-
-def _constant(maps: Tensor) -> Tensor:
-    flat = maps.flatten(1)
-    return flat.amax(dim=1) == flat.amin(dim=1)

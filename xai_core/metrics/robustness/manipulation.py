@@ -12,7 +12,7 @@ from xai_core.metrics.correlation import pearson
 from xai_core.metrics.evidence import Evidence
 from xai_core.metrics.measured import Measured
 from xai_core.metrics.robustness.attack import Attack, AttackOptions, partners
-from xai_core.metrics.robustness.noise import explainer_of
+from xai_core.metrics.shapeless import constant, not_finite
 from xai_core.metrics.structural_similarity import structural_similarity, unit_range
 from xai_core.registry import metrics
 
@@ -51,7 +51,7 @@ def _manipulate(evidence: Evidence, options: AttackOptions) -> Manipulated:
     partner = partners(evidence.targets, ~_any(shapeless))
     reasons = {**shapeless, "no other image with another class": partner < 0}
     rows = (~_any(reasons)).nonzero().flatten()
-    explainer = explainer_of(evidence)
+    explainer = evidence.method
     if not len(rows) or not explainer.entry.differentiable:
         return _untouched(evidence, reasons, differentiable=explainer.entry.differentiable)
     images, targets = evidence.images[rows], evidence.targets[rows]
@@ -79,11 +79,7 @@ def _untouched(evidence: Evidence, reasons: dict[str, Tensor], *, differentiable
 
 def _shapeless(maps: Tensor, subject: str) -> dict[str, Tensor]:
     """Why absolute maps are nothing to compare, as reasons with where they apply."""
-    size = maps.flatten(1).abs()
-    return {
-        f"{subject} is not finite": ~size.isfinite().all(dim=1),
-        f"{subject} is constant": ~(size.amax(dim=1) > size.amin(dim=1)),
-    }
+    return {**not_finite(maps, subject), **constant(maps.abs(), subject)}
 
 
 def _any(reasons: dict[str, Tensor]) -> Tensor:

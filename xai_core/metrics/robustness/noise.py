@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xai_core.attribution.explainer import Explainer
 from xai_core.attribution.gradients.gradient import sample_noise
 from xai_core.batching import run_batches
 from xai_core.errors import UsageError
 from xai_core.metrics.evidence import Evidence
+from xai_core.metrics.shapeless import not_finite, zero
 
 #: What is kept of noisy copies ``[r, 3, H, W]``, given those and the images that they are of, ``[r]``.
 Read = Callable[[Tensor, Tensor], Tensor]
@@ -109,15 +108,10 @@ def explain_neighbours(
     return Neighbours(kept.view(options.samples, len(images)).T, values)
 
 
-def explainer_of(evidence: Evidence) -> Explainer:
-    """The method itself, which a metric that needs an explainer is never called without."""
-    return cast(Explainer, evidence.explainer)
-
-
 def maps_again(evidence: Evidence, copies: Tensor, owner: Tensor) -> Tensor:
     """Maps ``[r, H, W]`` float64 of noisy copies, for the targets and parts of the images ``owner`` ``[r]``."""
     parts = None if evidence.parts is None else evidence.parts[owner]
-    return explainer_of(evidence).maps(evidence.model, copies, evidence.targets[owner], parts).double()
+    return evidence.method.maps(evidence.model, copies, evidence.targets[owner], parts).double()
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
@@ -127,7 +121,4 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 
 def shapeless(evidence: Evidence) -> dict[str, Tensor]:
     """Why a clean map is nothing to compare with, as reasons with where they apply."""
-    return {
-        "the map is not finite": evidence.unranked("pixels")["the map is not finite"],
-        "the map is zero": ~(evidence.maps.flatten(1) != 0).any(dim=1),
-    }
+    return {**not_finite(evidence.maps), **zero(evidence.maps)}

@@ -13,7 +13,7 @@ from xai_core.errors import UsageError
 from xai_core.metrics.correlation import spearman
 from xai_core.metrics.evidence import Evidence
 from xai_core.metrics.measured import Measured
-from xai_core.metrics.robustness.noise import Neighbours, NoiseOptions, explain_neighbours, explainer_of
+from xai_core.metrics.robustness.noise import Neighbours, NoiseOptions, explain_neighbours
 from xai_core.registry import metrics, refuse_unread
 
 Similarity = Literal["spearman", "top_jaccard"]
@@ -104,7 +104,7 @@ def _scores_under_noise(evidence: Evidence, options: RankStabilityOptions) -> Ne
         return model.normalise((model.denormalise(images) + options.sigma * noise).clamp(0, 1))
 
     def read(copies: Tensor, owner: Tensor) -> Tensor:
-        scores = explainer_of(evidence).scores(model, copies, evidence.targets[owner], labels[owner])
+        scores = evidence.method.scores(model, copies, evidence.targets[owner], labels[owner])
         # The copies of a stretch may have fewer parts than other images.
         scores = F.pad(scores, (0, count - scores.shape[1]), value=torch.nan)
         return torch.where(evidence.scores[owner].isnan(), 0.0, scores)
