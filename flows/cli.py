@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from flows import commands, maintenance, quarantine_command, sql_command
+from flows import commands, maintenance, quarantine_command, sql_command, train_command
 
 app = typer.Typer(
     name="vitrine",
@@ -21,6 +21,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Explains vision classifiers at dataset scale: one config in, a leaderboard of methods and metrics out.",
 )
+
+train = typer.Typer(no_args_is_help=True, help="Train models of your own.")
+app.add_typer(train, name="train")
 
 Config = Annotated[Path | None, typer.Argument(help="A study's YAML; without one, the built-in demo.")]
 Store = Annotated[Path, typer.Option("--store", help="Folder that holds results.")]
@@ -41,6 +44,14 @@ class Kind(StrEnum):
     parts = "parts"
     extractors = "extractors"
     models = "models"
+
+
+class Device(StrEnum):
+    """Where something is computed."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class ListFormat(StrEnum):
@@ -242,6 +253,22 @@ def list_things(
     """List methods, metrics, part parsers, dictionary extractors or models."""
     with exit_codes():
         commands.list_things(kind.value, pattern, rows.value)
+
+
+@train.command(
+    "classifier", epilog="Example:  vitrine train classifier configs/cifar10-resnet.yaml -o resnet.safetensors"
+)
+def train_classifier(
+    config: Annotated[Path, typer.Argument(help="YAML: dataset, test, model and training.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File of the weights.")] = Path(
+        "classifier.safetensors"
+    ),
+    device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
+    overrides: Overrides = None,
+) -> None:
+    """Train a timm classifier on a data set; the weights are what `model.checkpoint` names in a study."""
+    with exit_codes():
+        train_command.train_classifier(config, overrides or [], output, device.value)
 
 
 def _version(asked: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,8 +15,11 @@ from xai_core.errors import UsageError, nearest
 
 DEMO = Path(__file__).with_name("demo.yaml")
 
+PathKeys = tuple[tuple[str, ...], ...]
+M = TypeVar("M", bound=BaseModel)
+
 # Paths in a file are relative to the file, so that a config works from any folder.
-PATH_KEYS = (
+PATH_KEYS: PathKeys = (
     ("dataset", "path"),
     ("dataset", "classes"),
     ("dataset", "masks"),
@@ -42,21 +45,25 @@ def load_config(path: Path | None, overrides: Iterable[str] = (), limit: int | N
     Raises:
         UsageError: an unreadable file, or keys or values that are wrong; the message names each.
     """
-    document = _read(path or DEMO)
+    limits = () if limit is None else (f"dataset.limit={limit}",)
+    return load_as(StudyConfig, path or DEMO, (*overrides, *limits), PATH_KEYS)
+
+
+def load_as(kind: type[M], path: Path, overrides: Iterable[str], path_keys: PathKeys) -> M:
+    """A config file of some kind with ``key.path=value`` overrides applied, as :func:`load_config`."""
+    document = _read(path, path_keys)
     for override in overrides:
         _apply(document, override)
-    if limit is not None:
-        _put(document, ["dataset", "limit"], limit)
     # Those that --set gave are relative to where the command was given; workers may stand elsewhere.
-    for keys in PATH_KEYS:
+    for keys in path_keys:
         _resolve(document, keys, Path.cwd())
     try:
-        return StudyConfig.model_validate(document)
+        return kind.model_validate(document)
     except ValidationError as error:
-        raise UsageError("\n".join(_explain(one) for one in error.errors())) from None
+        raise UsageError("\n".join(_explain(kind, one) for one in error.errors())) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, path_keys: PathKeys) -> dict[str, Any]:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -66,7 +73,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise UsageError(f"config: expected a mapping of keys in {path}, got {type(document).__name__}")
     document.setdefault("name", re.sub(r"[^A-Za-z0-9_.+=,@-]", "_", path.stem)[:100])
-    for keys in PATH_KEYS:
+    for keys in path_keys:
         _resolve(document, keys, path.resolve().parent)
     metrics = document.get("metrics")
     for metric in metrics if isinstance(metrics, list) else ():
@@ -124,19 +131,19 @@ def _index(document: list[Any], key: str, keys: list[str]) -> int:
     return int(key)
 
 
-def _explain(error: Any) -> str:
+def _explain(kind: type[BaseModel], error: Any) -> str:
     """One line for one wrong key: its path, what was expected and what was got."""
     where = ".".join(str(one) for one in error["loc"]) or "config"
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {nearest(where.split('.')[-1], _known_keys(error['loc'][:-1]))}"
+        return f"{where}: unknown key; {nearest(where.split('.')[-1], _known_keys(kind, error['loc'][:-1]))}"
     message = PLAIN.get(error["type"], error["msg"].removeprefix("Value error, "))
     given = error["input"]
     shown = "" if error["type"] == "value_error" else f", got {given!r}"
     return f"{where}: {message}{shown}"
 
 
-def _known_keys(location: Iterable[Any]) -> list[str]:
-    model: Any = StudyConfig
+def _known_keys(kind: type[BaseModel], location: Iterable[Any]) -> list[str]:
+    model: Any = kind
     for key in location:
         model = model.model_fields[key].annotation if key in getattr(model, "model_fields", {}) else None
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
