@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from flows import commands, maintenance, quarantine_command, sql_command, train_command
+from flows import commands, diagnose_command, maintenance, quarantine_command, sql_command, train_command
 
 app = typer.Typer(
     name="vitrine",
@@ -242,6 +242,32 @@ def explain(
     """Explain single pictures: writes a PNG and prints the top classes and parts."""
     with exit_codes():
         commands.explain(images, config, model, checkpoint, method or [], target, output, overrides or [])
+
+
+@app.command(
+    epilog="Examples:  vitrine diagnose cat.jpg --classes 'tiger cat,boxer'  |  "
+    "vitrine diagnose dog.jpg --classes 232,115 --attack 4 -o dog.html"
+)
+def diagnose(
+    image: Annotated[Path, typer.Argument(help="The picture.")],
+    classes: Annotated[str, typer.Option(help="Classes to compare, by number or name, separated by commas.")],
+    store: Store = DEFAULT_STORE,
+    run: Run = None,
+    extractor: Annotated[
+        str | None, typer.Option(help="Whose dictionaries to use; by default those of the run's graphs.")
+    ] = None,
+    attack: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Also compare with the picture after an FGSM attack of so many 255ths."),
+    ] = None,
+    towards: Annotated[
+        str | None, typer.Option(help="The class that the attack wants; by default the last of --classes.")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="HTML page to write.")] = Path("diagnosis.html"),
+) -> None:
+    """Show through which concepts classes compete for a picture, by the dictionaries of a run."""
+    with exit_codes():
+        diagnose_command.diagnose_picture(image, classes, store, run, extractor, attack, towards, output)
 
 
 @app.command("list", epilog="Example:  vitrine list methods --format json")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flows.preflight_concepts import check_cafe, check_graph
 from flows.preflight_truth import check_mask_folder, check_truth
 from tasks.concept_folder import concept_files
-from tasks.config import Choice, ModelConfig, StudyConfig, options_of
+from tasks.config import Choice, ConceptsConfig, ModelConfig, StudyConfig, options_of
 from tasks.study import Study
 from tasks.truth import known_needs, reads_truth
 from tasks.worker import classifier, resolve_device
@@ -15,6 +16,7 @@ from xai_core.concepts import check_layer
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
 from xai_core.precision import Precision
+from xai_core.receptive_fields.attributors import choose
 from xai_core.registry import methods, metrics
 
 # What metrics can need of a data set, and what to add to it.
@@ -35,8 +37,7 @@ def check_study(study: Study) -> None:
     _check_needs(config)
     device = resolve_device(config.run.device)
     model = classifier(config.model.model_dump_json(), "cpu")
-    for layer in config.concepts.layers:
-        _name_key("concepts.layers", lambda layer=layer: check_layer(model, layer))
+    _check_concepts(config.concepts, model)
     for position, choice in enumerate(config.methods):
         _name_key(f"methods.{position}", lambda choice=choice: _check_method(model, choice, config.run.precision))
     _check_backbone(config.parts.backbone)
@@ -50,6 +51,20 @@ def check_study(study: Study) -> None:
         _check_masks(study)
     if reads_truth(config) and config.dataset.kind != "demo":
         check_truth(study, model)
+
+
+def _check_concepts(concepts: ConceptsConfig, model: Classifier) -> None:
+    for layer in concepts.layers:
+        _name_key("concepts.layers", lambda layer=layer: check_layer(model, layer))
+    if not concepts.layers:
+        return
+    if concepts.receptive_fields is not None:
+        chosen = concepts.receptive_fields.chosen
+        _name_key("concepts.receptive_fields.attributor", lambda: choose(model, *chosen))
+    if concepts.graph is not None:
+        _name_key("concepts.graph", lambda: check_graph(model, concepts))
+    if concepts.cafe is not None:
+        _name_key("concepts.cafe", lambda: check_cafe(model, concepts))
 
 
 def _check_method(model: Classifier, choice: Choice, precision: Precision) -> None:

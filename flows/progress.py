@@ -144,7 +144,9 @@ class ArtifactProgress:
 
         self._units, self._done, self._said = units, 0, time.monotonic()
         description = f"{self._run_id}: {stage}, {units} units, {images} images"
-        self._artifact = create_progress_artifact(progress=0.0, key=stage, description=description)
+        self._artifact = create_progress_artifact(
+            progress=0.0, key=stage.replace("_", "-"), description=description
+        )
 
     def advance(self, receipt: Receipt) -> None:
         """Moves the artifact, every few seconds."""

@@ -111,6 +111,100 @@ TABLES: dict[str, pa.Schema] = {
             l0_ratio=pa.float64(),
         )
     ),
+    "sae_training": pa.schema(
+        _fields(
+            layer=pa.string(),
+            extractor=pa.string(),
+            step=pa.int64(),
+            vectors=pa.int64(),
+            loss=pa.float64(),
+            rel_l2=pa.float64(),
+            l0=pa.float64(),
+            dead=pa.float64(),
+            learning_rate=pa.float64(),
+        )
+    ),
+    "concept_exemplars": pa.schema(
+        [
+            *_fields(layer=pa.string(), extractor=pa.string(), concept_id=pa.int32(), rank=pa.int32()),
+            _ID,
+            *_fields(row=pa.int16(), column=pa.int16(), score=pa.float32(), relevance=pa.float32()),
+        ]
+    ),
+    "concept_scores": pa.schema(
+        [
+            _ID,
+            *_fields(
+                layer=pa.string(),
+                extractor=pa.string(),
+                class_id=pa.int32(),
+                concept_id=pa.int32(),
+                rank=pa.int32(),
+                attribution=pa.float64(),
+                coefficient=pa.float64(),
+            ),
+        ]
+    ),
+    "concept_edges": pa.schema(
+        [
+            _ID,
+            *_fields(
+                extractor=pa.string(),
+                attribution_method=pa.string(),
+                class_id=pa.int32(),
+                source_layer=pa.string(),
+                target_layer=pa.string(),
+                source=pa.int32(),
+                target=pa.int32(),
+                weight=pa.float64(),
+            ),
+        ]
+    ),
+    "concept_insertion": pa.schema(
+        [
+            _ID,
+            *_fields(
+                extractor=pa.string(),
+                attribution_method=pa.string(),
+                source_layer=pa.string(),
+                target_layer=pa.string(),
+                target=pa.int32(),
+                insertion=pa.float64(),
+                deletion=pa.float64(),
+                reason=pa.string(),
+            ),
+        ]
+    ),
+    "concept_curves": pa.schema(
+        [
+            _ID,
+            *_fields(
+                extractor=pa.string(),
+                attribution_method=pa.string(),
+                source_layer=pa.string(),
+                target_layer=pa.string(),
+                target=pa.int32(),
+                curve=pa.string(),
+                step=pa.int32(),
+                fraction=pa.float64(),
+                alignment=pa.float32(),
+            ),
+        ]
+    ),
+    "cafe": pa.schema(
+        [
+            _ID,
+            *_fields(
+                layer=pa.string(),
+                extractor=pa.string(),
+                concept_id=pa.int32(),
+                attributor=pa.string(),
+                value=pa.float32(),
+                insertion=pa.float64(),
+                locality=pa.float64(),
+            ),
+        ]
+    ),
     "timings": pa.schema(
         _fields(
             stage=pa.string(),

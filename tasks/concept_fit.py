@@ -12,13 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storage.canonical import digest_bytes
 from storage.commits import Unit
-from storage.sources import decode_image
+from tasks.chosen_pictures import read_inputs
 from tasks.concept_folder import concept_files, read_concepts
 from tasks.config import StudyConfig, options_of
-from tasks.quarantine import IMAGE_ERRORS
-from tasks.sources import open_source
 from tasks.stage import Context, Outcome, Stage
 from tasks.study import Study
 from tasks.worker import study_classifier
@@ -64,7 +61,7 @@ def run(context: Context) -> Outcome:
     config = context.config.run
     model = study_classifier(context)
     drawn = _draw(_candidates(context), options.fit_images, config.seed)
-    images, kept = _inputs(context, drawn)
+    images, kept = read_inputs(context, drawn)
     if not kept:
         raise UsageError(f"{variant}: expected images to learn from, got none that could be read and parsed")
     folder = getattr(options, "concepts", None)
@@ -118,23 +115,6 @@ def _draw(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, A
         return hashlib.blake2b(f"{seed}:{row['sha256']}".encode()).digest(), row["path"]
 
     return sorted(rows, key=lot)[:count]
-
-
-def _inputs(context: Context, rows: list[dict[str, Any]]) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Model inputs of the pictures that can still be read as they were listed, and their rows."""
-    source = open_source(context.config.dataset)
-    model = study_classifier(context)
-    inputs, kept = [], []
-    for row in rows:
-        try:
-            content = source.read(row["path"])
-            if digest_bytes(content) != row["sha256"]:
-                continue  # The attribute stage sets it aside.
-            inputs.append(model.preprocess(decode_image(content)))
-        except IMAGE_ERRORS:
-            continue
-        kept.append(row)
-    return torch.stack(inputs) if inputs else torch.zeros(0), kept
 
 
 def _labels(context: Context, rows: list[dict[str, Any]]) -> Tensor:

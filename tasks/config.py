@@ -2,117 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
-from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic import BeforeValidator, Field, model_validator
 
-import xai_core.attribution
-import xai_core.concepts
-import xai_core.metrics
-import xai_core.parts  # noqa: F401  (importing these four registers what a config can name)
+from tasks.choices import Choice, Frozen, MethodChoice, MetricChoice, ParserChoice, options_of
+from tasks.concept_config import ConceptsConfig
 from xai_core.models import ModelSpec
 from xai_core.precision import Precision
-from xai_core.registry import Registry, extractors, methods, metrics, parsers, variant_id
 
-
-class Frozen(BaseModel):
-    """A config section: immutable, without unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def _tuples(value: Any) -> Any:
-    """Lists as tuples all the way down: JSON knows only lists, and options that went through it stay equal."""
-    if isinstance(value, Mapping):
-        return {key: _tuples(one) for key, one in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
-class Choice(Frozen):
-    """A registered thing with all its options spelled out, and the id under which its results stand."""
-
-    name: str
-    options: Annotated[Mapping[str, Any], AfterValidator(_tuples)]
-    id: str
-
-
-def _choose(registry: Registry[Any]) -> Callable[[Any], Choice]:
-    def choose(value: Any) -> Choice:
-        if isinstance(value, Choice):
-            return value
-        if isinstance(value, str):
-            value = {"name": value}
-        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-            raise ValueError(
-                f"expected a {registry.kind}'s name, or a mapping with 'name' and its options, got {value!r}"
-            )
-        if set(value) == {"name", "options", "id"}:
-            return Choice(**value)
-        entry = registry.get(value["name"])
-        given = {key: option for key, option in value.items() if key != "name"}
-        checked = _check_options(entry.options, given)
-        return Choice(name=entry.name, options=asdict(checked), id=variant_id(entry.name, checked))
-
-    return choose
-
-
-def _check_options(options: type, given: Mapping[str, Any]) -> Any:
-    """The options object from a config's values, types checked; errors name the option.
-
-    An option whose metadata says that it ``names`` a method is checked as one, with that method's own options.
-    """
-    known = [option.name for option in fields(options)]
-    wrapping = [one.name for one in fields(options) if one.metadata.get("names") == methods.kind]
-    given = {**given, **{name: _check_named(name, given[name]) for name in wrapping if name in given}}
-    strict = pydantic_dataclass(options, frozen=True, config=ConfigDict(extra="forbid"))
-    try:
-        checked = TypeAdapter(strict).validate_python(dict(given))
-    except ValidationError as error:
-        raise ValueError(
-            "; ".join(_told(".".join(map(str, one["loc"])), one, known) for one in error.errors())
-        ) from None
-    return options(**{name: getattr(checked, name) for name in known})
-
-
-def _told(where: str, error: Any, known: list[str]) -> str:
-    """One line for one wrong option; what the options object itself refuses names the option already."""
-    if error["type"] == "unexpected_keyword_argument":
-        return f"no option {where!r}; it takes {', '.join(known) or 'none'}"
-    if not where:
-        return str(error["msg"]).removeprefix("Value error, ")
-    return f"option {where}: {error['msg']}, got {error['input']!r}"
-
-
-def _check_named(option: str, value: Any) -> dict[str, Any]:
-    """A method and its options as a mapping, all of them written out."""
-    try:
-        choice = _choose(methods)(value)
-    except ValueError as error:
-        raise ValueError(f"option {option}: {error}") from None
-    return {"name": choice.name, **choice.options}
-
-
-def options_of(registry: Registry[Any], choice: Choice) -> Any:
-    """The options object of a choice."""
-    return registry.get(choice.name).options(**choice.options)
-
-
-MethodChoice = Annotated[Choice, BeforeValidator(_choose(methods))]
-MetricChoice = Annotated[Choice, BeforeValidator(_choose(metrics))]
-ParserChoice = Annotated[Choice, BeforeValidator(_choose(parsers))]
-ExtractorChoice = Annotated[Choice, BeforeValidator(_choose(extractors))]
+__all__ = [
+    "Choice",
+    "ConceptsConfig",
+    "DatasetConfig",
+    "Frozen",
+    "ModelConfig",
+    "RunConfig",
+    "StudyConfig",
+    "options_of",
+]
 
 
 class DatasetConfig(Frozen):
@@ -218,18 +127,6 @@ class PartsConfig(Frozen):
     k: int = Field(default=12, ge=1, le=254)
     backbone: ModelConfig | None = None
     min_area: float = Field(default=0.005, ge=0, lt=1)
-
-
-class ConceptsConfig(Frozen):
-    """Which layers' pointwise feature vectors are sampled and which dictionaries are fitted to them.
-
-    ``atoms`` null means 8 per channel, capped by the sample.
-    """
-
-    layers: tuple[str, ...] = ()
-    per_image: int = Field(default=1, ge=1)
-    extractors: tuple[ExtractorChoice, ...] = Field(default=("bisecting_kmeans", "sae"), validate_default=True)
-    atoms: int | None = Field(default=None, ge=1)
 
 
 class RunConfig(Frozen):

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import random
+from dataclasses import asdict
+from typing import Any
 
-import numpy as np
 import torch
 
-from storage.commits import Unit
 from storage.schema import rows_to_table
+from tasks.checkpoint import Checkpoint
 from tasks.config import Choice, options_of
+from tasks.dictionary_file import dictionary_bytes
 from tasks.stage import Context, Outcome, Stage
 from tasks.study import Study
+from tasks.vector_stream import VectorStream, chosen_vectors, sampled_vectors
 from xai_core.concepts import Dictionary, Evaluation, evaluate, fit_dictionary
+from xai_core.concepts.sae import VARIANTS, LogRow, Training
 from xai_core.registry import extractors
 
 SEPARATOR = " / "
 
 # A dictionary needs at least two vectors; fewer are left where (nearly) every image was set aside.
 FEWEST_VECTORS = 2
+# So many vectors say how well a dictionary codes them, the same for every extractor.
+EVALUATION_VECTORS = 512
 
 
 def variants(study: Study) -> tuple[str, ...]:
@@ -32,53 +38,72 @@ def variants(study: Study) -> tuple[str, ...]:
 def run(context: Context) -> Outcome:
     """Rows of ``concepts`` and the dictionary as safetensors, for one layer and extractor.
 
-    Where fewer than two vectors were sampled there is nothing to fit, and neither is written.
+    Where fewer than two vectors were sampled there is nothing to fit, and neither is written. Sparse autoencoders
+    are trained on a stream, in memory that does not grow with the vectors, and log into ``sae_training``; one that
+    was killed goes on from its last checkpoint. Other extractors need all vectors at once, 4 bytes a number.
     """
     layer, extractor_id = context.work.unit.variant.split(SEPARATOR)
-    config = context.config
-    extractor = next(choice for choice in config.concepts.extractors if choice.id == extractor_id)
-    sampled = _read_vectors(context, layer)
-    if len(sampled) < FEWEST_VECTORS:
-        return Outcome(0, 0, facts={"vectors": len(sampled)})
-    vectors = torch.from_numpy(sampled).to(context.device)
-    dictionary = fit_dictionary(
-        vectors,
-        extractor=extractor.name,
-        options=options_of(extractors, extractor),
-        atoms=config.concepts.atoms,
-        seed=config.run.seed,
-    )
-    quality = evaluate(dictionary, vectors, seed=config.run.seed)
-    _write(context, layer, extractor, dictionary, len(vectors), quality)
-    return Outcome(0, 0, facts={"vectors": len(vectors)})
+    extractor = next(choice for choice in context.config.concepts.extractors if choice.id == extractor_id)
+    stream = sampled_vectors(context, layer)
+    if stream.count < FEWEST_VECTORS:
+        return Outcome(0, 0, facts={"vectors": stream.count})
+    facts: dict[str, Any] = {"vectors": stream.count}
+    if extractor.name in VARIANTS:
+        dictionary, log, facts["resumed_at"] = _train(context, extractor, stream)
+        _write_log(context, layer, extractor_id, log)
+    else:
+        dictionary = fit_dictionary(torch.cat(list(stream)).to(context.device), **_settings(context, extractor))
+    quality = _evaluate(context, dictionary, stream)
+    _write(context, layer, extractor_id, dictionary, stream.count, quality)
+    # The record is all that is left to write: were it lost, the training would be done again, to the same end.
+    Checkpoint(context.store, context.work.key).remove()
+    return Outcome(0, 0, facts=facts)
 
 
-def _read_vectors(context: Context, layer: str) -> np.ndarray:
-    """All sampled vectors of a layer ``[N, C]``, in image order."""
-    shards = []
-    for unit in sorted(context.work.upstream, key=_shard):
-        record = context.record(unit.stage, unit.variant, unit.shard)
-        if "valid" in record.facts["arrays"]:
-            valid = context.store.read_array(record, "valid")
-            shards.append(context.store.read_array(record, f"{layer}.vectors")[valid])
-    sampled = [shard.reshape(-1, shard.shape[-1]) for shard in shards if len(shard)]
-    return np.concatenate(sampled) if sampled else np.zeros((0, 0), np.float32)
+def _settings(context: Context, extractor: Choice) -> dict[str, Any]:
+    return {
+        "extractor": extractor.name,
+        "options": options_of(extractors, extractor),
+        "atoms": context.config.concepts.atoms,
+        "seed": context.config.run.seed,
+    }
 
 
-def _shard(unit: Unit) -> int:
-    return unit.shard
+def _train(context: Context, extractor: Choice, stream: VectorStream) -> tuple[Dictionary, list[LogRow], int]:
+    """The dictionary, the log, and the step that the training began at: that of its checkpoint, else 0."""
+    checkpoint = Checkpoint(context.store, context.work.key)
+    settings = _settings(context, extractor)
+    training = Training(stream, **settings, device=context.device, state=checkpoint.read())
+    begun = training.step
+    while not training.done:
+        training.advance(settings["options"].log_every)
+        if checkpoint.due:
+            checkpoint.write(training.state())
+    return training.dictionary(), training.log, begun
+
+
+def _evaluate(context: Context, dictionary: Dictionary, stream: VectorStream) -> Evaluation:
+    seed = context.config.run.seed
+    count = stream.count - dictionary.zero_vectors
+    positions = sorted(random.Random(seed).sample(range(count), min(count, EVALUATION_VECTORS)))
+    vectors = chosen_vectors(stream, positions).to(context.device)
+    return evaluate(dictionary, vectors, evaluation_vectors=EVALUATION_VECTORS, seed=seed)
+
+
+def _write_log(context: Context, layer: str, extractor: str, log: list[LogRow]) -> None:
+    rows = [{"layer": layer, "extractor": extractor, **asdict(row)} for row in log]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    context.commit.table("sae_training", rows_to_table("sae_training", columns))
 
 
 def _write(
     context: Context,
     layer: str,
-    extractor: Choice,
+    extractor: str,
     dictionary: Dictionary,
     vectors: int,
     quality: Evaluation,
 ) -> None:
-    from safetensors.torch import save
-
     atoms, channels = dictionary.atoms.shape
     context.commit.table(
         "concepts",
@@ -86,7 +111,7 @@ def _write(
             "concepts",
             {
                 "layer": [layer] * atoms,
-                "extractor": [extractor.id] * atoms,
+                "extractor": [extractor] * atoms,
                 "concept_id": list(range(atoms)),
                 "size": dictionary.sizes.cpu().numpy(),
                 "atoms": [atoms] * atoms,
@@ -97,16 +122,20 @@ def _write(
             },
         ),
     )
-    tensors = {"atoms": dictionary.atoms, "sizes": dictionary.sizes, **dictionary.encoder}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    # One entry: the order of several differs from process to process, and with it the file.
-    about = json.dumps({"layer": layer, "extractor": extractor.id})
-    context.commit.file("dictionary", ".safetensors", save(tensors, {"concepts": about}))
+    content = dictionary_bytes(dictionary, layer=layer, extractor=extractor, weights=_weights(context))
+    context.commit.file("dictionary", ".safetensors", content)
+
+
+def _weights(context: Context) -> str:
+    """The digest of the weights of the model that the vectors come from."""
+    unit = next(iter(context.work.upstream))
+    model = context.record(unit.stage, unit.variant, unit.shard).ingredients["model"]
+    return str(model["weights"])
 
 
 STAGE = Stage(
     name="dictionary",
-    version=2,
+    version=3,
     run=run,
     reads=lambda study, variant: {
         "layer": variant.split(SEPARATOR)[0],

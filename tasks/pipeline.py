@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
-from tasks import attribute, concept_fit, dictionary, manifest, metrics, parts, pfv, predict, report, truth
+from tasks import (
+    attribute,
+    cafe,
+    concept_fit,
+    concept_graph,
+    dictionary,
+    exemplars,
+    manifest,
+    metrics,
+    parts,
+    pfv,
+    predict,
+    report,
+    truth,
+)
 from tasks.stage import Stage
 
 STAGES: dict[str, Stage] = {
     module.STAGE.name: module.STAGE
-    for module in (manifest, predict, parts, truth, pfv, dictionary, concept_fit, attribute, metrics, report)
+    for module in (
+        manifest,
+        predict,
+        parts,
+        truth,
+        pfv,
+        dictionary,
+        exemplars,
+        concept_graph,
+        cafe,
+        concept_fit,
+        attribute,
+        metrics,
+        report,
+    )
 }

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from markupsafe import Markup
 
 from storage.commits import KEY_CHARACTERS
 from tasks import report_data
+from tasks.pages import template
+from tasks.report_concept_data import concepts_of_run
 from tasks.report_curves import mean_curves
 from tasks.report_data import Committed
 from tasks.report_figures import MOST_BANDS, curve_charts, in_groups, legend
 from tasks.report_gallery import gallery
 from tasks.report_leaderboard import board_of
-from tasks.report_truth import read_truth_table, signed
+from tasks.report_truth import read_truth_table
 from tasks.stage import Context, Outcome, Stage
 from tasks.study import Study
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 def run(context: Context) -> Outcome:
@@ -39,7 +37,8 @@ def render(context: Context) -> str:
     cards, unreadable = gallery(context, committed.results)
     set_aside, set_aside_rows, set_aside_images = report_data.quarantined(committed)
     timings = report_data.timings(committed)
-    return _template().render(
+    concepts = concepts_of_run(context, committed.results)
+    return template("report.html.j2").render(
         config=context.config,
         config_text=yaml.safe_dump(context.config.identity(), sort_keys=False, allow_unicode=True),
         dataset=_dataset_name(context),
@@ -51,11 +50,12 @@ def render(context: Context) -> str:
         legend=entries,
         most_bands=MOST_BANDS,
         charts=in_groups(charts),
-        figures=_script_json([json.loads(chart.json) for chart in charts]),
-        plotly=_plotly() if charts else "",
+        # In the order in which they stand on the page.
+        figures=_script_json([*(json.loads(chart.json) for chart in charts), *concepts.figures]),
+        plotly=_plotly() if charts or concepts.figures else "",
         cards=cards,
         unreadable=unreadable,
-        dictionaries=report_data.dictionaries(committed),
+        concepts=concepts,
         timings=timings,
         seconds=sum(row.seconds for row in timings),
         keys=report_data.keys(committed),
@@ -71,31 +71,6 @@ def render(context: Context) -> str:
 def _dataset_name(context: Context) -> str:
     dataset = context.config.dataset
     return f"{dataset.kind} {dataset.path}" if dataset.path else f"the demo's own pictures, seed {dataset.seed}"
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(seconds=_seconds, memory=_memory, signed=signed)
-    return environment.get_template("report.html.j2")
-
-
-def _seconds(value: float) -> str:
-    """A duration as people say it."""
-    if value < 60:
-        return f"{value:.1f} s" if value >= 0.095 else f"{value:.2f} s"
-    minutes, seconds = divmod(round(value), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
-
-
-def _memory(value: int) -> str:
-    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
 def _script_json(document: Any) -> Markup:
@@ -125,7 +100,7 @@ def everything(study: Study, variant: str) -> tuple[tuple[str, str], ...]:
 
 STAGE = Stage(
     name="report",
-    version=3,
+    version=4,
     run=run,
     reads=lambda study, variant: {"run_id": study.run_id},
     upstream=everything,

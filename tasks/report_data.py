@@ -6,34 +6,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from storage.commits import KEY_CHARACTERS, CommitRecord, Unit
 from storage.results import Results
 from storage.runs import RunRecord
 from tasks.metric_families import interval
 from tasks.quarantine_rows import merged_rows
 from tasks.stage import Context
-from xai_core.concepts.dictionary import OVERCOMPLETENESS, default_atoms
 from xai_core.registry import methods, metrics
 
 QUARANTINE_ROWS = 200
-
-
-@dataclass(frozen=True)
-class DictionaryRow:
-    """One concept dictionary; ``note`` says where its size was held back."""
-
-    layer: str
-    extractor: str
-    atoms: int
-    channels: int
-    vectors: int
-    used: int
-    rel_l2: float | None
-    l0_ratio: float | None
-    note: str
 
 
 @dataclass(frozen=True)
@@ -103,28 +84,6 @@ def image_counts(committed: Committed) -> dict[str, Any]:
         "correct": correct,
         "accuracy": None if correct is None else correct / judged,
     }
-
-
-def dictionaries(committed: Committed) -> list[DictionaryRow]:
-    """One row for every layer and extractor."""
-    tables = committed.results.select("dictionary").tables("concepts")
-    return [_dictionary(table, committed.context.config.concepts.atoms) for _, table in tables if table.num_rows]
-
-
-def _dictionary(table: pa.Table, asked: int | None) -> DictionaryRow:
-    first = table.slice(0, 1).to_pylist()[0]
-    names = ("layer", "extractor", "atoms", "channels", "vectors", "rel_l2", "l0_ratio")
-    used = int(pc.sum(pc.greater(table["size"], 0)).as_py())
-    return DictionaryRow(**{name: first[name] for name in names}, used=used, note=_atoms_note(first, asked))
-
-
-def _atoms_note(row: dict[str, Any], asked: int | None) -> str:
-    full = OVERCOMPLETENESS * row["channels"]
-    if asked is not None or row["atoms"] >= full:
-        return ""
-    capped = row["atoms"] == default_atoms(row["vectors"], row["channels"])
-    reason = f"{row['vectors']} vectors allow no more" if capped else "fewer vectors that are not zero"
-    return f"K capped: {OVERCOMPLETENESS} C would be {full}, {reason}"
 
 
 def timings(committed: Committed) -> list[TimingRow]:

@@ -12,7 +12,7 @@ from storage.canonical import digest_bytes, digest_file, digest_json
 from storage.listing import Listing, build_listing
 from storage.sealed import read_sealed, write_sealed
 from storage.store import Store
-from tasks.config import ModelConfig, StudyConfig
+from tasks.config import DatasetConfig, ModelConfig, StudyConfig
 from tasks.sources import open_source
 
 
@@ -124,8 +124,7 @@ class Study:
     @cached_property
     def labels_are_classes(self) -> bool:
         """Whether the source's labels are the model's classes: then a prediction can be right or wrong."""
-        names = open_source(self.config.dataset).class_names
-        return self.config.dataset.classes is not None or (names is not None and len(names) == self._num_classes)
+        return labels_are_classes(self.config.dataset, self._num_classes)
 
     @cached_property
     def _num_classes(self) -> int:
@@ -135,6 +134,12 @@ class Study:
     def facts(self) -> Mapping[str, Any]:
         """What shard functions need to know beside the config."""
         return {"labels_are_classes": self.labels_are_classes}
+
+
+def labels_are_classes(dataset: DatasetConfig, num_classes: int) -> bool:
+    """Whether a data set's labels are the classes of a model that has so many."""
+    names = open_source(dataset).class_names
+    return dataset.classes is not None or (names is not None and len(names) == num_classes)
 
 
 def _digest_masks(folder: str | None) -> str | None:

@@ -418,6 +418,7 @@ def test_the_neighbours_rows_are_the_same_to_the_last_bit(table: str, mixed: Ran
         "pfv/blocks.2.vectors",
         "pfv/blocks.2.positions",
         "pfv/blocks.2.relevance",
+        "pfv/blocks.2.receptive_fields",
         "attribute/grad_cam/maps",
         "attribute/kl_hessian/maps",
         "attribute/kl_hessian/scale",

@@ -41,12 +41,21 @@ ALL = {
     "parts": 2,
     "pfv": 2,
     "dictionary": 1,
+    "exemplars": 1,
     "attribute": 4,
     "metrics": 4,
     "report": 1,
 }
 AFTER_PARTS = {"parts": 2, "attribute": 2, "metrics": 4, "report": 1}
-AFTER_PREDICT = {"predict": 2, "pfv": 2, "dictionary": 1, "attribute": 4, "metrics": 4, "report": 1}
+AFTER_PREDICT = {
+    "predict": 2,
+    "pfv": 2,
+    "dictionary": 1,
+    "exemplars": 1,
+    "attribute": 4,
+    "metrics": 4,
+    "report": 1,
+}
 BUT_MANIFEST = {stage: count for stage, count in ALL.items() if stage != "manifest"}
 ONE_SHARD = {stage: count // 2 if count > 1 else count for stage, count in ALL.items()}
 
@@ -92,7 +101,7 @@ def the_same_weights_elsewhere(root: Path) -> dict[str, Any]:
 MATRIX: dict[str, tuple[Change, dict[str, int]]] = {
     "nothing": (with_config(), {}),
     "dataset.path": (move, {"manifest": 2, "report": 1}),
-    "dataset.limit": (with_config(dataset={"limit": 4}), {"dictionary": 1, "report": 1}),
+    "dataset.limit": (with_config(dataset={"limit": 4}), {"dictionary": 1, "exemplars": 1, "report": 1}),
     "dataset.order_seed": (with_config(dataset={"order_seed": 7}), ALL),
     "time of an image": (touch, {"manifest": 1, "report": 1}),
     "pixels of an image": (repaint, ONE_SHARD),
@@ -126,14 +135,29 @@ MATRIX: dict[str, tuple[Change, dict[str, int]]] = {
         with_config(metrics=[{"name": "p_deletion", "baseline": "black"}]),
         {"metrics": 4, "report": 1},
     ),
-    "concepts.layers": (with_config(concepts={"layers": ["blocks.1"]}), {"pfv": 2, "dictionary": 1, "report": 1}),
-    "concepts.per_image": (with_config(concepts={"per_image": 2}), {"pfv": 2, "dictionary": 1, "report": 1}),
-    "concepts.atoms": (with_config(concepts={"atoms": 2}), {"dictionary": 1, "report": 1}),
+    "concepts.layers": (
+        with_config(concepts={"layers": ["blocks.1"]}),
+        {"pfv": 2, "dictionary": 1, "exemplars": 1, "report": 1},
+    ),
+    "concepts.per_image": (
+        with_config(concepts={"per_image": 2}),
+        {"pfv": 2, "dictionary": 1, "exemplars": 1, "report": 1},
+    ),
+    "concepts.class_token": (
+        with_config(concepts={"class_token": False}),
+        {"pfv": 2, "dictionary": 1, "exemplars": 1, "report": 1},
+    ),
+    "concepts.receptive_fields": (
+        with_config(concepts={"receptive_fields": None}),
+        {"pfv": 2, "dictionary": 1, "exemplars": 1, "report": 1},
+    ),
+    "concepts.exemplars": (with_config(concepts={"exemplars": {"count": 2}}), {"exemplars": 1, "report": 1}),
+    "concepts.atoms": (with_config(concepts={"atoms": 2}), {"dictionary": 1, "exemplars": 1, "report": 1}),
     "an extractor more": (
         with_config(concepts={"extractors": ["bisecting_kmeans", {"name": "sae", "steps": 5}]}),
-        {"dictionary": 1, "report": 1},
+        {"dictionary": 1, "exemplars": 1, "report": 1},
     ),
-    "run.seed": (with_config(run={"seed": 5}), {**AFTER_PARTS, "pfv": 2, "dictionary": 1}),
+    "run.seed": (with_config(run={"seed": 5}), {**AFTER_PARTS, "pfv": 2, "dictionary": 1, "exemplars": 1}),
     "run.precision": (with_config(run={"precision": "bf16"}), BUT_MANIFEST),
     "run.shard_size": (with_config(run={"shard_size": 8}), ONE_SHARD),
     "name": (with_config(name="other"), {"report": 1}),
@@ -228,8 +252,9 @@ AFTER_CODE = {
     "manifest": {"manifest": 2, "report": 1},
     "predict": AFTER_PREDICT,
     "parts": AFTER_PARTS,
-    "pfv": {"pfv": 2, "dictionary": 1, "report": 1},
-    "dictionary": {"dictionary": 1, "report": 1},
+    "pfv": {"pfv": 2, "dictionary": 1, "exemplars": 1, "report": 1},
+    "dictionary": {"dictionary": 1, "exemplars": 1, "report": 1},
+    "exemplars": {"exemplars": 1, "report": 1},
     "attribute": {"attribute": 4, "metrics": 4, "report": 1},
     "metrics": {"metrics": 4, "report": 1},
     "report": {"report": 1},

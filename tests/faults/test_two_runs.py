@@ -86,7 +86,7 @@ def test_two_configs_at_once_share_their_units_and_the_same_config_is_refused(
     assert len(faults.begun()) == len(units)
     first, second = (run.units() for run in opened.runs.all())
     shared = {unit.stage for unit, key in first.items() if second.get(unit) == key}
-    assert shared == {"manifest", "predict", "parts", "pfv", "dictionary", "attribute", "metrics"}
+    assert shared == {"manifest", "predict", "parts", "pfv", "dictionary", "exemplars", "attribute", "metrics"}
 
 
 HOLD = """

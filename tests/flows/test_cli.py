@@ -71,7 +71,7 @@ def test_a_second_run_has_nothing_to_do_and_starts_no_server(
 def test_prefect_shows_a_task_a_stage_and_the_leaderboard(
     first: subprocess.CompletedProcess[str], prefect_api: str
 ) -> None:
-    stages = ["manifest", "predict", "parts", "pfv", "dictionary", "attribute", "metrics", "report"]
+    stages = ["manifest", "predict", "parts", "pfv", "dictionary", "exemplars", "attribute", "metrics", "report"]
     run_id = next(line.split()[1] for line in first.stdout.splitlines() if line.startswith("run "))
     (flow_run,) = asked(prefect_api, "flow_runs", flow_runs={"name": {"any_": [run_id]}})
     assert flow_run["state_type"] == "COMPLETED"

@@ -160,7 +160,7 @@ RECONCILIATION = f"""
 with listed as (select sum(images) as listed from timings where stage = 'manifest'),
 given as (
     select stage, method, sum(images) as given from timings
-    where stage not in ('dictionary', 'report') group by all
+    where stage not in ('dictionary', 'exemplars', 'report') group by all
 ),
 earlier as (
     select g.stage, g.method, count(distinct q.image_id) as earlier

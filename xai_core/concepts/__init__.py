@@ -3,17 +3,17 @@
 Importing this package registers the extractors.
 """
 
-from xai_core.concepts import bisecting_kmeans, sae
+from xai_core.concepts import bisecting_kmeans, dictionary_learning, sae
 from xai_core.concepts.coding import (
     Evaluation,
     encode,
     evaluate,
     l0_ratio,
-    lasso_codes,
     reconstruction,
     rel_l2,
 )
 from xai_core.concepts.dictionary import Dictionary, default_atoms, fit_dictionary
+from xai_core.concepts.lasso import lasso_codes
 from xai_core.concepts.pfv import PfvSample, check_layer, contribution, sample_pfvs
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "check_layer",
     "contribution",
     "default_atoms",
+    "dictionary_learning",
     "encode",
     "evaluate",
     "fit_dictionary",

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from xai_core.arithmetic import wide
 from xai_core.concepts.dictionary import Dictionary, nonzero
+from xai_core.concepts.lasso import LASSO_PENALTY, lasso_codes
 from xai_core.errors import UsageError
-
-LASSO_PENALTY = 0.1
-# scikit-learn's 1e-4 leaves coefficients that the optimum does not have; they would count in the l0 ratio.
-_DUALITY_GAP = 1e-6
-_MOST_ITERATIONS = 10_000
+from xai_core.precision import full_precision
 
 
 def encode(dictionary: Dictionary, vectors: Tensor, *, penalty: float = LASSO_PENALTY) -> Tensor:
     """Codes u of vectors in a dictionary: its own encoder's, else the LASSO's (iERF, equations 11 and 12).
 
+    An encoder's codes are ``x W^T + b`` where a latent fires, else 0. With ``threshold`` a latent fires where that
+    exceeds its threshold; with ``top_k`` where it is among the vector's k largest and positive; with neither where
+    it is positive. They can be differentiated by the vectors (a latent that is off has no gradient); the LASSO's
+    codes cannot.
+
     Args:
-        vectors: ``[N, C]``; penalty: see :func:`lasso_codes`; an encoder ignores it.
+        vectors: ``[N, C]``; penalty: see :func:`lasso_codes`; one off its default is refused by an encoder.
 
     Returns:
-        ``[N, K]`` float32 coefficients of the atoms as they are stored.
+        ``[N, K]`` coefficients of the atoms as they are stored; the LASSO's in float32, an encoder's in the
+        precision of the vectors, float32 at least.
 
     Raises:
-        UsageError: vectors of another width than the atoms, or a penalty that is not positive.
+        UsageError: vectors of another width than the atoms, a penalty that is not positive or that nothing reads.
     """
     if vectors.ndim != 2 or vectors.shape[1] != dictionary.atoms.shape[1]:
         raise UsageError(
@@ -35,45 +41,47 @@ def encode(dictionary: Dictionary, vectors: Tensor, *, penalty: float = LASSO_PE
         )
     if not dictionary.encoder:
         return lasso_codes(dictionary.atoms, vectors, penalty)
-    weight, bias = (dictionary.encoder[name].to(vectors.device) for name in ("weight", "bias"))
-    return torch.relu(vectors.float() @ weight.T + bias)
+    if penalty != LASSO_PENALTY:
+        raise UsageError(
+            f"penalty: expected its default, {LASSO_PENALTY}, where the dictionary brings an encoder, got "
+            f"{penalty}; only LASSO codes have one"
+        )
+    with full_precision(vectors.device):
+        vectors = wide(vectors)
+        encoder = {
+            name: tensor.to(vectors.device, vectors.dtype if tensor.is_floating_point() else None)
+            for name, tensor in dictionary.encoder.items()
+        }
+        before = vectors @ encoder["weight"].T + encoder["bias"]
+        fires = next((rule for name, rule in _FIRES.items() if name in encoder), _positive)
+        return torch.where(fires(before, encoder), before, 0.0)
 
 
-def lasso_codes(atoms: Tensor, vectors: Tensor, penalty: float = LASSO_PENALTY) -> Tensor:
-    """LASSO codes ``[N, K]`` of vectors (iERF, equation 12), solved by coordinate descent.
+def _positive(before: Tensor, encoder: Mapping[str, Tensor]) -> Tensor:
+    return before > 0
 
-    Solved for unit-norm vectors and unit-norm atoms, then scaled back, so that one penalty means the same in
-    every layer: on the original scale u minimises ``1/2 |x - V u|^2 + penalty |x| sum_j |v_j| |u_j|``.
-    A vector or an atom of zeros has codes of zero.
 
-    Raises:
-        UsageError: a penalty that is not positive.
-    """
-    from sklearn.linear_model import Lasso
+def _above_threshold(before: Tensor, encoder: Mapping[str, Tensor]) -> Tensor:
+    return before > encoder["threshold"]
 
-    if penalty <= 0:
-        raise UsageError(f"penalty: expected a positive number, got {penalty}")
-    if not len(vectors):
-        return torch.zeros(0, len(atoms), device=vectors.device)
-    unit_atoms, atom_norms = _unit(atoms)
-    unit_vectors, vector_norms = _unit(vectors)
-    # scikit-learn divides the squared error by the number of rows, here C.
-    lasso = Lasso(
-        alpha=penalty / atoms.shape[1],
-        fit_intercept=False,
-        precompute=True,
-        tol=_DUALITY_GAP,
-        max_iter=_MOST_ITERATIONS,
-    )
-    solved = lasso.fit(unit_atoms.T.numpy(), unit_vectors.T.numpy()).coef_
-    unit_codes = torch.from_numpy(solved).reshape(len(vectors), len(atoms))
-    return (unit_codes * vector_norms / atom_norms.T).float().to(vectors.device)
+
+def _among_largest(before: Tensor, encoder: Mapping[str, Tensor]) -> Tensor:
+    largest = before.topk(min(int(encoder["top_k"]), before.shape[1]), dim=1).indices
+    return torch.zeros_like(before, dtype=torch.bool).scatter_(1, largest, True) & (before > 0)
+
+
+# When a latent fires, by the tensor of the encoder that says so.
+_FIRES: dict[str, Callable[[Tensor, Mapping[str, Tensor]], Tensor]] = {
+    "threshold": _above_threshold,
+    "top_k": _among_largest,
+}
 
 
 def reconstruction(dictionary: Dictionary, codes: Tensor) -> Tensor:
     """Vectors ``[N, C]`` rebuilt from codes ``[N, K]``: V u (iERF, equation 11), plus an encoder's offset."""
-    rebuilt = codes @ dictionary.atoms.to(codes.device)
-    return rebuilt + dictionary.encoder["offset"].to(codes.device) if dictionary.encoder else rebuilt
+    with full_precision(codes.device):
+        rebuilt = codes @ dictionary.atoms.to(codes)
+        return rebuilt + dictionary.encoder["offset"].to(codes) if dictionary.encoder else rebuilt
 
 
 def rel_l2(vectors: Tensor, rebuilt: Tensor) -> float:
@@ -81,23 +89,37 @@ def rel_l2(vectors: Tensor, rebuilt: Tensor) -> float:
 
     Vectors of zeros have no relative error and are left out; NaN where nothing is left.
     """
-    norms = vectors.norm(dim=1)
-    errors = (vectors - rebuilt).norm(dim=1)
-    return (errors / norms)[norms > 0].mean().item()
+    return _relative_errors(vectors, rebuilt).mean().item()
 
 
 def l0_ratio(codes: Tensor) -> float:
     """Mean over vectors of ``1 - |u|_0 / K`` (iERF, section VI-A1): the share of atoms not used."""
-    return 1 - codes.ne(0).float().mean().item()
+    return _unused_shares(codes).mean().item()
+
+
+def _relative_errors(vectors: Tensor, rebuilt: Tensor) -> Tensor:
+    norms = vectors.norm(dim=1)
+    return ((vectors - rebuilt).norm(dim=1) / norms)[norms > 0].double()
+
+
+def _unused_shares(codes: Tensor) -> Tensor:
+    return 1 - codes.count_nonzero(dim=1).double() / codes.shape[1]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a dictionary codes ``vectors`` vectors."""
+    """How well a dictionary codes ``vectors`` vectors: means over them, and the standard errors of these means.
+
+    A standard error is the standard deviation over the vectors (divisor n - 1) over sqrt(n), NaN for fewer than
+    two vectors: a mean plus and minus 1.96 of them is an interval of 95 % for vectors drawn like these. Vectors
+    of one image resemble each other, so that it is too narrow where many come from the same image.
+    """
 
     rel_l2: float
     l0_ratio: float
     vectors: int
+    rel_l2_error: float = math.nan
+    l0_ratio_error: float = math.nan
 
 
 def evaluate(
@@ -114,16 +136,20 @@ def evaluate(
         vectors: ``[N, C]``; those of the fit measure the fit, others how well it carries over.
         evaluation_vectors: the most vectors that are coded.
     """
-    usable = nonzero(vectors.float())
+    usable = nonzero(vectors.detach().float())
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed))
     chosen = usable[order[:evaluation_vectors].to(usable.device)]
     codes = encode(dictionary, chosen, penalty=penalty)
-    return Evaluation(rel_l2(chosen, reconstruction(dictionary, codes)), l0_ratio(codes), len(chosen))
+    errors = _relative_errors(chosen, reconstruction(dictionary, codes))
+    unused = _unused_shares(codes)
+    return Evaluation(
+        rel_l2=errors.mean().item(),
+        l0_ratio=unused.mean().item(),
+        vectors=len(chosen),
+        rel_l2_error=_standard_error(errors),
+        l0_ratio_error=_standard_error(unused),
+    )
 
 
-def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit-norm float64 vectors on the CPU and their norms ``[N, 1]``; zeros stay zeros, with norm 1."""
-    vectors = vectors.detach().double().cpu()
-    norms = vectors.norm(dim=1, keepdim=True)
-    norms = torch.where(norms > 0, norms, 1.0)
-    return vectors / norms, norms
+def _standard_error(values: Tensor) -> float:
+    return values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan

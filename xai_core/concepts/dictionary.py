@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from xai_core.errors import UsageError
@@ -30,6 +31,15 @@ class Dictionary:
     encoder: Mapping[str, Tensor] = field(default_factory=dict)
     extractor: str = ""
     zero_vectors: int = 0
+
+    def to(self, device: torch.device | str) -> Dictionary:
+        """The same dictionary on a device."""
+        return dataclasses.replace(
+            self,
+            atoms=self.atoms.to(device),
+            sizes=self.sizes.to(device),
+            encoder={name: tensor.to(device) for name, tensor in self.encoder.items()},
+        )
 
 
 def fit_dictionary(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xai_core.concepts.vectors import prefix
 from xai_core.errors import UsageError
 from xai_core.layers import activations_and_gradients, as_map, layer_problem
 from xai_core.models import Classifier
@@ -21,17 +22,24 @@ _WORD = 2**64 - 1
 
 @dataclass(frozen=True)
 class PfvSample:
-    """PFVs of a batch at one layer, in the order in which they were drawn.
+    """PFVs of a batch at one layer, in the order in which they were drawn; a class token comes last.
 
     ``vectors`` ``[B, n, C]`` float32; ``positions`` ``[B, n, 2]`` int64 (row, column) on a map of
-    ``map_size`` (rows, columns); ``relevance`` ``[B, n]`` float32, the contribution to the target logit,
-    in logits.
+    ``map_size`` (rows, columns), and (-1, 0) for the class token, which has no place on it; ``relevance``
+    ``[B, n]`` float32, the contribution to the target logit, in logits. ``prefix``: how many prefix tokens the
+    layer's output has.
     """
 
     vectors: Tensor
     positions: Tensor
     relevance: Tensor
     map_size: tuple[int, int]
+    prefix: int
+
+    @property
+    def index(self) -> Tensor:
+        """Which of the layer's vectors these are, ``[B, n]``: see :func:`vector_index`."""
+        return vector_index(self.positions, self.map_size, self.prefix)
 
 
 def sample_pfvs(
@@ -41,6 +49,7 @@ def sample_pfvs(
     layers: Sequence[str],
     *,
     per_image: int = 1,
+    class_token: bool = False,
     seeds: Tensor | Sequence[int],
 ) -> dict[str, PfvSample]:
     """PFVs drawn in proportion to their contribution to the target logit (iERF, relevance-weighted sampling).
@@ -50,13 +59,18 @@ def sample_pfvs(
     are the sample of n. Once all positions with mass are drawn, the others follow uniformly: their relevance
     is zero or negative, and zero throughout where the layer does not feed the logit.
 
+    With ``class_token`` each image gives its class token as one more vector, behind those drawn, where the model
+    has one (iERF, section V-A: both patch and class tokens are PFVs). It is not drawn: it competes for no
+    place, and the draw of the others is the same with and without it.
+
     A draw depends on the image, its seed and the layer's name alone, not on the batch it came in. An image with
     a contribution that is not finite has the relevance NaN throughout: what it drew means nothing.
 
     Args:
         images: normalised inputs ``[B, 3, H, W]``; targets: class indices ``[B]``.
         layers: module names; one pass serves them all.
-        per_image: PFVs of each image, n; a map of fewer positions yields all of them.
+        per_image: PFVs drawn from each image, n; a map of fewer positions yields all of them.
+        class_token: whether the class token is taken as well; models without one, and maps, have nothing to add.
         seeds: one integer for each image.
 
     Returns:
@@ -69,15 +83,38 @@ def sample_pfvs(
     _check_request(images, targets, layers, per_image, seeds)
     numbers = [int(seed) for seed in torch.as_tensor(seeds).tolist()]
     activations, gradients = activations_and_gradients(model, images, targets, layers)
-    return {
-        layer: _sample_map(
-            as_map(model, activations[layer], layer),
-            as_map(model, gradients[layer], layer),
+    samples = {}
+    for layer in layers:
+        activation, gradient = activations[layer], gradients[layer]
+        token = class_token and has_class_token(model, activation)
+        samples[layer] = _sample_layer(
+            as_map(model, activation, layer),
+            as_map(model, gradient, layer),
+            (activation[:, 0], gradient[:, 0]) if token else None,
             [_generator(seed, layer) for seed in numbers],
             per_image,
+            prefix(model, activation),
         )
-        for layer in layers
-    }
+    return samples
+
+
+def has_class_token(model: Classifier, activation: Tensor) -> bool:
+    """Whether the first vector of a layer's output is a class token; registers and distillation tokens are none.
+
+    A model that pools its patch tokens may have registers as prefix tokens and no class token.
+    """
+    token = getattr(model.module, "cls_token", None)
+    return activation.ndim == 3 and model.num_prefix_tokens > 0 and token is not None
+
+
+def vector_index(positions: Tensor, map_size: tuple[int, int], before: int) -> Tensor:
+    """Which of a layer's vectors, as ``to_vectors`` lists them, stand at positions ``[..., 2]``: ``[...]``.
+
+    Args:
+        before: how many prefix tokens the layer's output has.
+    """
+    row, column = positions.unbind(dim=-1)
+    return torch.where(row < 0, column, before + row * map_size[1] + column)
 
 
 def contribution(activation: Tensor, gradient: Tensor) -> Tensor:
@@ -104,22 +141,35 @@ def check_layer(model: Classifier, layer: str) -> None:
         raise UsageError(problem)
 
 
-def _sample_map(
-    activation: Tensor, gradient: Tensor, generators: Sequence[np.random.Generator], count: int
+def _sample_layer(
+    activation: Tensor,
+    gradient: Tensor,
+    token: tuple[Tensor, Tensor] | None,
+    generators: Sequence[np.random.Generator],
+    count: int,
+    before: int,
 ) -> PfvSample:
+    """A sample from a map ``[B, C, h, w]``, and the class token with its gradient, ``[B, C]`` each."""
     rows, columns = activation.shape[-2:]
     relevance = contribution(activation, gradient).flatten(1)
-    relevance = torch.where(relevance.isfinite().all(dim=1, keepdim=True), relevance, torch.nan)
+    of_token = relevance[:, :0] if token is None else contribution(*token).unsqueeze(1)
+    finite = torch.cat([relevance, of_token], dim=1).isfinite().all(dim=1, keepdim=True)
+    relevance, of_token = (torch.where(finite, values, torch.nan) for values in (relevance, of_token))
     noise = np.stack([generator.gumbel(size=rows * columns) for generator in generators])
     # On the CPU in float64 on every device, so that devices differ by no more than their gradients do.
     drawn = _draw(_mass(relevance.cpu().double()), torch.from_numpy(noise), count).to(relevance.device)
     channels = activation.shape[1]
     vectors = activation.flatten(2).gather(2, drawn.unsqueeze(1).expand(-1, channels, -1)).transpose(1, 2)
+    positions = torch.stack([drawn // columns, drawn % columns], dim=-1)
+    if token is not None:
+        vectors = torch.cat([vectors, token[0].unsqueeze(1)], dim=1)
+        positions = torch.cat([positions, positions.new_tensor([-1, 0]).expand(len(positions), 1, 2)], dim=1)
     return PfvSample(
         vectors=vectors.float().contiguous(),
-        positions=torch.stack([drawn // columns, drawn % columns], dim=-1),
-        relevance=relevance.gather(1, drawn),
+        positions=positions,
+        relevance=torch.cat([relevance.gather(1, drawn), of_token], dim=1),
         map_size=(rows, columns),
+        prefix=before,
     )
 
 

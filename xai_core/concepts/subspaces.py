@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xai_core.concepts.active_set import solve
 from xai_core.precision import full_precision
 
 # The share of a direction that must lie outside those kept before it: below, two subspaces meet in it.
 INDEPENDENT = 1e-2
 _STILL = 1e-7
-_MOST_ITERATIONS = 2000
 _RESTARTS = 20
 
 
@@ -73,7 +73,7 @@ def find_subspaces(
 
 
 def self_representation(unit: Tensor, sparsity: float) -> Tensor:
-    """Each vector as a sparse sum of the others (Elhamifar and Vidal 2013), all at once by FISTA.
+    """Each vector as a sparse sum of the others (Elhamifar and Vidal 2013), all at once by :func:`solve`.
 
     Row i minimises ``1/2 |x_i - c X|^2 + lambda_i |c|_1`` with ``c_i = 0`` and ``lambda_i`` the largest
     ``|x_i . x_j|`` divided by ``sparsity``: at 1 every code is zero.
@@ -84,22 +84,9 @@ def self_representation(unit: Tensor, sparsity: float) -> Tensor:
     Returns:
         ``[N, N]`` codes with a zero diagonal.
     """
-    gram = unit @ unit.T
-    others = 1 - torch.eye(len(unit), dtype=unit.dtype)
-    penalty = ((gram * others).abs().amax(dim=1, keepdim=True) / sparsity).clamp(min=torch.finfo(unit.dtype).tiny)
-    step = 1 / torch.linalg.matrix_norm(gram, 2)
-    codes = ahead = torch.zeros_like(gram)
-    momentum = 1.0
-    for _ in range(_MOST_ITERATIONS):
-        moved = ahead - step * (ahead @ gram - gram)
-        shrunk = torch.nn.functional.softshrink(moved / penalty, float(step)) * penalty * others
-        following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-        ahead = shrunk + (momentum - 1) / following * (shrunk - codes)
-        still = (shrunk - codes).abs().amax() < _STILL
-        codes, momentum = shrunk, following
-        if still:
-            break
-    return codes
+    gram = (unit @ unit.T).fill_diagonal_(0.0)
+    penalty = (gram.abs().amax(dim=1) / sparsity).clamp(min=torch.finfo(unit.dtype).eps)
+    return solve(unit, unit, penalty, excluded=torch.arange(len(unit), device=unit.device)).codes
 
 
 def spectral_labels(codes: Tensor, clusters: int, seed: int) -> Tensor:

@@ -7,8 +7,9 @@ from torch import Tensor
 from xai_core.layers import as_map
 from xai_core.models import Classifier
 
-# On the CPU torch 2.15 silently gives a wrong gradient of a batch normalisation in evaluation mode where one image's
-# map, or the gradient that arrives there, has the strides of transposed vectors: both are laid out anew here.
+# On the CPU torch 2.15 silently gives a wrong gradient of a batch normalisation in evaluation mode where the map
+# of one image, or the gradient that arrives there, has the strides of transposed vectors: both are laid out
+# anew here.
 
 
 def to_vectors(model: Classifier, activation: Tensor, layer: str) -> Tensor:

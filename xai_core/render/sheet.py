@@ -67,7 +67,7 @@ def explanation_sheet(
     _draw_classes(page.panel(0), classes)
     for index, (name, scores) in enumerate(part_scores.items()):
         _draw_parts(page.panel(1 + index), name, scores)
-    return _to_picture(page.figure)
+    return to_picture(page.figure)
 
 
 class _Page:
@@ -89,7 +89,7 @@ class _Page:
         """The headline."""
         place = (MARGIN / self.width, 1 - 0.5 * HEADLINE / self.height)
         self.figure.text(
-            *place, _plain(_shorten(title, 90)), fontsize=15, fontweight="bold", color=INK, va="center"
+            *place, plain(_shorten(title, 90)), fontsize=15, fontweight="bold", color=INK, va="center"
         )
 
     def tile(self, index: int) -> Any:
@@ -114,7 +114,7 @@ class _Page:
 
 def _draw_tile(axes: Any, name: str, tile: np.ndarray) -> None:
     axes.imshow(tile, interpolation="lanczos", aspect="auto")
-    axes.set_title(_plain(_shorten(name, 34)), fontsize=9, color=INK, loc="left", pad=5)
+    axes.set_title(plain(_shorten(name, 34)), fontsize=9, color=INK, loc="left", pad=5)
     axes.axis("off")
 
 
@@ -163,17 +163,17 @@ def _draw_bars(
     axes.barh(places, np.abs(values), color=tints, height=0.62)
     for place, value in zip(places, values, strict=True):
         axes.text(full * 1.03, place, number.format(value), va="center", fontsize=8.5, color=INK)
-    axes.set_yticks(places, [_plain(name) for name in names], fontsize=8.5, color=INK)
+    axes.set_yticks(places, [plain(name) for name in names], fontsize=8.5, color=INK)
     axes.set_xticks([])
     axes.set_xlim(0, full)
     axes.set_ylim(max(TOP_CLASSES, len(names)) - 0.5, -0.5)
     axes.tick_params(length=0)
-    axes.set_title(_plain(heading), fontsize=9, color=QUIET, loc="left", pad=6)
+    axes.set_title(plain(heading), fontsize=9, color=QUIET, loc="left", pad=6)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that matplotlib does not read as mathematics."""
     return text.replace("$", r"\$")
 
@@ -182,7 +182,8 @@ def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def _to_picture(figure: Any) -> Any:
+def to_picture(figure: Any) -> Any:
+    """A figure drawn, as a PIL picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 

@@ -46,11 +46,13 @@ NETWORKS: dict[str, Callable[[], Classifier]] = {
 }
 # What these networks are there for; the others take every method.
 ONLY = {
-    "relu6": ("gradient", "guided_backprop", "lrp_epsilon", "lrp_z_plus"),
+    "relu6": ("gradient", "guided_backprop", "lrp_epsilon", "lrp_z_plus", "srd"),
     "group_norm": ("guided_backprop", "guided_grad_cam"),
 }
-# What is off its default: budgets, and an epsilon that is no cliff for a finite difference.
+# What is off its default: budgets, an epsilon that is no cliff for a finite difference, and no clamp that leaves
+# nothing of a map of one position.
 OPTIONS = {
+    "srd": {"start": "mean"},
     "integrated_gradients": {"steps": 3},
     "smooth_grad": {"samples": 2},
     "lrp_epsilon": {"epsilon": 0.3},
@@ -84,7 +86,7 @@ def test_who_can_be_differentiated() -> None:
     """Those that the published attacks on explanations follow, and more of their kind."""
     assert {entry.name for entry in methods if entry.differentiable} >= {
         *("gradient", "input_x_gradient", "integrated_gradients", "guided_backprop", "smooth_grad"),
-        *("lrp_z_plus", "lrp_epsilon", "lrp_epsilon_plus", "grad_cam", "guided_grad_cam"),
+        *("lrp_z_plus", "lrp_epsilon", "lrp_epsilon_plus", "grad_cam", "guided_grad_cam", "srd"),
     }
     assert {method for method, _ in cases()} == {entry.name for entry in methods if entry.differentiable}
 

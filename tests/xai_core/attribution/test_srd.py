@@ -11,9 +11,12 @@ from torch.autograd.functional import jacobian
 
 from tests.xai_core.tiny import CLASSES, SIZE, pictures, tiny_relu_cnn, tiny_vit
 from xai_core.attribution import attribute, attribute_classes
+from xai_core.attribution.differentiable import differentiable_maps, second_derivatives
+from xai_core.attribution.explainer import Explainer
 from xai_core.attribution.propagation.sharing_ratio import sharing_ratio_rules, start_at
 from xai_core.errors import UsageError
 from xai_core.models import Classifier, ModelSpec
+from xai_core.registry import methods
 
 SIDE, WIDTH = 8, 4
 
@@ -174,15 +177,20 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_relevance_is_conserved(name: str) -> None:
-    """Scales differ in where the relevance lies, not in how much there is."""
+def built(name: str) -> Classifier:
+    """A small network with biases, shifts and scales that are none of them 0 or 1."""
     torch.manual_seed(1)
     module = timm.create_model(name, num_classes=CLASSES, **KINDS[name]).double()
     for parameter in module.parameters():
         if parameter.ndim == 1:
             nn.init.normal_(parameter, 0.5, 0.3)
-    model = Classifier(module, ModelSpec(name, False, transform={"input_size": (3, 64, 64)}))
+    return Classifier(module, ModelSpec(name, False, transform={"input_size": (3, 64, 64)}))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_relevance_is_conserved(name: str) -> None:
+    """Scales differ in where the relevance lies, not in how much there is."""
+    model = built(name)
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     classes = torch.tensor([[0, 2], [1, 3]])
     sums = {
@@ -196,6 +204,72 @@ def test_relevance_is_conserved(name: str) -> None:
     assert sums["low"].abs().max() > 0
     torch.testing.assert_close(sums["high"], sums["low"], rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(sums["input"], sums["low"], rtol=1e-4, atol=1e-9)
+
+
+# One of each kind of layer; EfficientNet-Lite has those of MobileNetV2.
+DIFFERENTIATED = [*((name, "input") for name in KINDS if name != "efficientnet_lite0"), ("convnext_atto", "high")]
+
+
+@pytest.mark.parametrize(("name", "scale"), DIFFERENTIATED)
+def test_maps_are_differentiated_by_the_images(name: str, scale: str) -> None:
+    """Through vectors, gates, norms and what biases take: as finite differences say, on the softened network."""
+    model = built(name)
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(2, 3, 64, 64, generator=generator, dtype=torch.float64)
+    weights = torch.randn(2, 64, 64, generator=generator, dtype=torch.float64)
+    direction = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+    explainer = Explainer("srd", methods.get("srd").options(scale=scale, start="mean"))
+
+    def weighted(some: Tensor) -> Tensor:
+        maps = differentiable_maps(explainer, model, some.requires_grad_(True), torch.tensor([0, 3]))
+        return (maps * weights).sum(dim=(1, 2))
+
+    step = 1e-6
+    with second_derivatives(model, softplus_beta=10.0):
+        leaves = images.clone()
+        (slope,) = torch.autograd.grad(weighted(leaves).sum(), leaves)
+        ahead, behind = (weighted(images + sign * step * direction).detach() for sign in (1, -1))
+    expected = (ahead - behind) / (2 * step)
+    norm = slope.flatten(1).norm(dim=1)
+    assert (norm > 0).all()
+    assert (((slope * direction).sum(dim=(1, 2, 3)) - expected).abs() < 1e-4 * norm).all()
+
+
+POOLINGS = {
+    "adaptive average": nn.AdaptiveAvgPool2d(3),
+    "adaptive maximum": nn.AdaptiveMaxPool2d(3),
+    "average of overlapping windows": nn.AvgPool2d(3, 2, padding=1),
+    "average without the border": nn.AvgPool2d(3, 2, padding=1, count_include_pad=False),
+    "maximum of overlapping windows": nn.MaxPool2d(3, 2, padding=1),
+}
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_every_pooling_shares_all_that_it_gets(pooling: str) -> None:
+    """Against equation 3 with what each vector behind the first activation puts through the pooling."""
+    model = mini(nn.ReLU())
+    module, image = model.module, torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(2)).double()
+    module.pool = POOLINGS[pooling]
+
+    def to_second(value: Tensor) -> Tensor:
+        return F.conv2d(module.pool(value[None]), module.second.weight, None, 1, 1, 1, 2)[0]
+
+    module.second.bias = None
+    with torch.no_grad():
+        one = module.act1(module.norm(module.first(image[None])))[0]
+        target = module.act2(module.second(module.pool(one[None])))[0]
+        expected = ratios(blocks(to_second, one), vectors(to_second(one)))
+    torch.testing.assert_close(expected.sum(1), torch.ones(len(expected), dtype=torch.float64))
+    with torch.enable_grad(), sharing_ratio_rules(module):
+        leaf = one[None].clone().requires_grad_(True)
+        reached = module.act2(module.second(module.pool(leaf)))
+    for at in range(len(expected)):
+        relevance = torch.zeros(1, *reached.shape[2:], dtype=torch.float64)
+        relevance.view(-1)[at] = 1
+        start = start_at(reached.detach(), relevance)
+        (gradient,) = torch.autograd.grad(reached, leaf, start, retain_graph=True)
+        alive = target.flatten(1)[:, at].any()
+        torch.testing.assert_close((gradient * leaf).sum(1).flatten().detach(), expected[at] * alive)
 
 
 def test_maps_are_those_of_their_scale() -> None:

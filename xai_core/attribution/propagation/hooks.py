@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from xai_core.attribution.propagation.gradient_form import (
     linear_rule,
     scaled_gradient,
 )
+from xai_core.attribution.propagation.hooked import hooked
 from xai_core.attribution.propagation.layers import (
     folded,
     is_activation,
@@ -58,15 +59,7 @@ def propagation_rules(
         attention: whether self-attention and gated perceptrons share relevance by AttnLRP's uniform rule.
         hold: called for every ruled layer of a pass, in their order.
     """
-    hooks = _Hooks(choose, hold)
-    with ExitStack() as stack:
-        for child in module.modules():
-            # A hook must see a layer's input as it was.
-            if getattr(child, "inplace", False) is True:
-                child.inplace = False
-                stack.callback(setattr, child, "inplace", True)
-            for handle in hooks.put_on(child, attention=attention):
-                stack.callback(handle.remove)
+    with hooked(module, partial(_Hooks(choose, hold).put_on, attention=attention)):
         yield
 
 

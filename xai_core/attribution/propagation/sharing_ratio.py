@@ -10,17 +10,17 @@ put in is shared equally by the vectors of their receptive field that are not ze
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from xai_core.arithmetic import ratio, wide
-from xai_core.attribution.propagation.gradient_form import frozen_scale_norm
+from xai_core.attribution.propagation.gradient_form import Held, frozen_scale_norm
 from xai_core.attribution.propagation.hooked import hooked
 from xai_core.attribution.propagation.layers import (
     is_activation,
@@ -35,14 +35,25 @@ from xai_core.attribution.propagation.layers import (
 _BIAS = "_vitrine_bias"
 
 
+# What a rule reads of a layer's input and output, asked for every ruled layer of a pass in their order; None where
+# the layer is to be left as it is.
+Hold = Callable[[Tensor, Tensor], Held | None]
+
+
+def of_the_pass(source: Tensor, output: Tensor) -> Held:
+    """The input and the output as they are in the pass; a rule's backward reads them as numbers."""
+    return Held(source.detach(), output.detach())
+
+
 @contextmanager
-def sharing_ratio_rules(module: nn.Module) -> Iterator[None]:
+def sharing_ratio_rules(module: nn.Module, hold: Hold = of_the_pass) -> Iterator[None]:
     """Forward passes inside the block record graphs whose gradients G share relevance by sharing ratios.
 
     The inner product of a feature vector with its gradient is the vector's relevance, where the backward pass
-    started at feature vectors v of relevance R with v R / |v|^2 (:func:`start_at`).
+    started at feature vectors v of relevance R with v R / |v|^2 (:func:`start_at`). It can be differentiated by
+    the images where ``hold`` gives what a plain pass of the same images had, with its graph.
     """
-    with hooked(module, _Hooks().put_on):
+    with hooked(module, _Hooks(hold).put_on):
         yield
 
 
@@ -53,13 +64,21 @@ def start_at(vectors: Tensor, relevance: Tensor, dim: int = 1) -> Tensor:
         vectors: ``[..., C, ...]``; relevance: the same without ``dim``. A zero vector starts nothing.
     """
     vectors = wide(vectors)
-    return ratio(vectors * relevance.unsqueeze(dim), vectors.square().sum(dim, keepdim=True))
+    return vectors * _over(relevance.unsqueeze(dim), vectors.square().sum(dim, keepdim=True))
+
+
+def _over(relevance: Tensor, squares: Tensor) -> Tensor:
+    """Relevance over the squared length of the vectors that take it; 0 where these have none to speak of."""
+    numbers = torch.finfo(squares.dtype)
+    # So short that the quotient could be infinite.
+    return ratio(relevance, squares.masked_fill(squares < numbers.tiny / numbers.eps, 0.0))
 
 
 class _Hooks:
     """The forward hooks of every kind of layer; knows along which dimension the last layer left its channels."""
 
-    def __init__(self) -> None:
+    def __init__(self, hold: Hold) -> None:
+        self._hold = hold
         self._dim = 1
 
     def put_on(self, module: nn.Module) -> Iterator[Any]:
@@ -72,24 +91,38 @@ class _Hooks:
         elif is_activation(module) or type(module) is nn.ReLU:
             yield module.register_forward_hook(self._activation)
         elif is_gate(module):
-            # A gate is a factor, as an activation's slope is: relevance goes to what it lets through.
-            yield module.register_forward_hook(lambda _, inputs, output: output.detach())
+            yield module.register_forward_hook(self._gate)
         elif (over := norm_dim(module)) is not None:
-            yield module.register_forward_hook(self._frozen_norm(*over))
+            yield module.register_forward_hook(partial(self._frozen_norm, *over))
 
     def _activation(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return _Activation.apply(inputs[0], output.detach(), self._dim)
+        held = self._hold(inputs[0], output)
+        if held is None:
+            # A copy: what follows may write into it in place, and the output may be kept.
+            return output.clone()
+        return _Activation.apply(inputs[0], output.detach(), *held, self._dim)
 
-    def _linear(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _gate(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        # A gate is a factor, as an activation's slope is: relevance goes to what it lets through.
+        held = self._hold(inputs[0], output)
+        return None if held is None else held.y
+
+    def _linear(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         self._dim = -1 if isinstance(layer, nn.Linear) else 1
-        bias = _Bias(layer)
-        shared = _SharedBias.apply(inputs[0], output, bias)
+        held = self._hold(inputs[0], output)
+        if held is None:
+            return None
+        bias = _Bias(layer, self._dim)
+        shared = _SharedBias.apply(inputs[0], output, held.x, bias)
         setattr(shared, _BIAS, bias)
         return shared
 
-    def _norm(self, norm: nn.Module, source: Tensor, output: Tensor) -> Tensor:
+    def _norm(self, norm: nn.Module, source: Tensor, output: Tensor) -> Tensor | None:
         self._dim = 1
-        return _ShiftOfNorm.apply(source, output, _shift(norm), getattr(source, _BIAS, None), 1)
+        held = self._hold(source, output)
+        if held is None:
+            return None
+        return _ShiftOfNorm.apply(source, output, held.x, _shift(norm), getattr(source, _BIAS, None), 1)
 
     def _norm_with_activation(self, module: nn.Module) -> Iterator[Any]:
         entered: list[Tensor] = []
@@ -100,15 +133,18 @@ class _Hooks:
         yield module.register_forward_pre_hook(enter)
         yield module.drop.register_forward_hook(lambda _, __, output: self._norm(module, entered.pop(), output))
 
-    def _frozen_norm(self, dim: int, centred: bool) -> Any:
-        def hook(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            self._dim = dim
-            with torch.autocast(output.device.type, enabled=False):
-                frozen = frozen_scale_norm(norm, inputs[0], output, dim, centred=centred)
-            bias = getattr(norm, "bias", None)
-            return frozen if bias is None else _ShiftOfNorm.apply(inputs[0], frozen, bias, None, dim)
-
-        return hook
+    def _frozen_norm(
+        self, dim: int, centred: bool, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
+        self._dim = dim
+        source = inputs[0]
+        held = self._hold(source, output)
+        if held is None:
+            return None
+        with torch.autocast(output.device.type, enabled=False):
+            frozen = frozen_scale_norm(norm, source, output, dim, centred=centred, held=held.x)
+        bias = getattr(norm, "bias", None)
+        return frozen if bias is None else _ShiftOfNorm.apply(source, frozen, held.x, bias, None, dim)
 
 
 def _shift(norm: Any) -> Tensor:
@@ -117,17 +153,36 @@ def _shift(norm: Any) -> Tensor:
     return (0.0 if norm.bias is None else norm.bias) - norm.running_mean * scale
 
 
+class _Squares:
+    """Squared lengths of the vectors of one tensor, the same in every backward pass of a graph."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self._known: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """Of ``x`` in float32 at least, with a length of 1 along ``dim``."""
+        # Gradients are on in a backward pass that is itself to be differentiated.
+        if self._known is None or torch.is_grad_enabled():
+            self._known = x.square().sum(self.dim, keepdim=True)
+        return self._known
+
+
 class _Bias:
     """The bias of one call of a layer: what relevance it takes, and how the layer's inputs share it."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, dim: int) -> None:
         self._layer = layer
+        self._squares = _Squares(dim)
+        # Where inputs are not zero, and how many of these each output sees: [B, 1, h, w] and [B, 1, h', w'].
+        self._live: Tensor | None = None
+        self._counts: Tensor | None = None
         #: Relevance of the shift of the norm behind the layer, ``[B, h, w]``: its backward has run by then.
         self.of_norm: Tensor | None = None
 
     def shares(self, source: Tensor, gradient: Tensor) -> Tensor | None:
         """What the bias adds to the gradient of the layer's inputs; None where nothing is added."""
-        dim = -1 if isinstance(self._layer, nn.Linear) else 1
+        dim = self._squares.dim
         relevance, self.of_norm = self.of_norm, None
         own = self._layer.bias
         if own is not None:
@@ -136,19 +191,21 @@ class _Bias:
         if relevance is None:
             return None
         source = wide(source)
-        length = source.square().sum(dim, keepdim=True)
-        if dim == -1:
-            return ratio(source * relevance.unsqueeze(dim), length)
-        return ratio(source * self._spread(relevance.unsqueeze(1), (length > 0).to(relevance.dtype)), length)
+        squares = self._squares.of(source)
+        relevance = relevance.unsqueeze(dim)
+        return source * _over(relevance if dim == -1 else self._spread(relevance, squares > 0), squares)
 
     def _spread(self, relevance: Tensor, live: Tensor) -> Tensor:
         """Relevance ``[B, 1, h', w']`` of outputs, in equal shares to the live inputs that they see."""
-        box = _box_of(self._layer, relevance)
-        with torch.enable_grad():
-            seen = live.requires_grad_(True)
-            counts = box.forward(seen)
-        (spread,) = torch.autograd.grad(counts, seen, ratio(relevance, counts.detach()))
-        return spread * live.detach()
+        if self._live is None or self._counts is None:
+            with torch.enable_grad():
+                self._live = live.to(relevance.dtype).requires_grad_(True)
+                self._counts = _box_of(self._layer, relevance).forward(self._live)
+        each = ratio(relevance, self._counts.detach())
+        (spread,) = torch.autograd.grad(
+            self._counts, self._live, each, retain_graph=True, create_graph=torch.is_grad_enabled()
+        )
+        return spread * self._live.detach()
 
 
 def _box_of(layer: nn.Module, like: Tensor) -> Any:
@@ -161,9 +218,12 @@ def _box_of(layer: nn.Module, like: Tensor) -> Any:
 
 def _inner(gradient: Tensor, shift: Tensor, dim: int) -> Tensor:
     """Inner products of a gradient with a vector ``[C]`` that is the same everywhere, without ``dim``."""
-    shape = [1] * gradient.ndim
-    shape[dim] = -1
-    return (gradient * shift.view(shape)).sum(dim)
+    shift = shift.to(gradient.dtype)
+    if dim == -1:
+        return gradient @ shift
+    # Its sum by a matrix product needs no copy of the gradient.
+    rows = shift.expand(len(gradient), 1, -1)
+    return torch.bmm(rows, gradient.flatten(2)).view(len(gradient), *gradient.shape[2:])
 
 
 # Each hands a layer's output on as it is: marked as changed in place, it costs neither a copy nor a view.
@@ -173,58 +233,59 @@ class _Activation(Function):
     """The output of an elementwise function; backwards, the relevance of its output starts anew at its input."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, output: Tensor, dim: int) -> Tensor:
+    def forward(ctx: Any, source: Tensor, output: Tensor, x: Tensor, y: Tensor, dim: int) -> Tensor:
         ctx.mark_dirty(output)
-        ctx.save_for_backward(source, output)
-        ctx.dim = dim
+        ctx.save_for_backward(x, y)
+        ctx.squares = _Squares(dim)
         return output
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        source, output = ctx.saved_tensors
-        with torch.autocast(source.device.type, enabled=False):
-            relevance = (wide(output) * wide(gradient)).sum(ctx.dim)
-            return start_at(source, relevance, ctx.dim).to(source.dtype), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        x, y = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            relevance = (wide(y) * wide(gradient)).sum(ctx.squares.dim, keepdim=True)
+            vectors = wide(x)
+            found = vectors * _over(relevance, ctx.squares.of(vectors))
+        return found.to(x.dtype), None, None, None, None
 
 
 class _SharedBias(Function):
     """A layer's output as it is; backwards, its inputs share what its bias takes."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, output: Tensor, bias: _Bias) -> Tensor:
+    def forward(ctx: Any, source: Tensor, output: Tensor, x: Tensor, bias: _Bias) -> Tensor:
         ctx.mark_dirty(output)
-        ctx.save_for_backward(source)
+        ctx.save_for_backward(x)
         ctx.bias = bias
         return output
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
-        (source,) = ctx.saved_tensors
-        with torch.autocast(source.device.type, enabled=False):
-            added = ctx.bias.shares(source, wide(gradient))
-        return None if added is None else added.to(source.dtype), gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            added = ctx.bias.shares(x, wide(gradient))
+        return None if added is None else added.to(x.dtype), gradient, None, None
 
 
 class _ShiftOfNorm(Function):
     """A norm's output as it is; backwards, its shift's part goes to the layer before it, or to its own input."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, output: Tensor, shift: Tensor, bias: _Bias | None, dim: int) -> Tensor:
+    def forward(
+        ctx: Any, source: Tensor, output: Tensor, x: Tensor, shift: Tensor, bias: _Bias | None, dim: int
+    ) -> Tensor:
         ctx.mark_dirty(output)
-        ctx.save_for_backward(source, shift)
+        ctx.save_for_backward(x, shift)
         ctx.bias, ctx.dim = bias, dim
         return output
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
-        source, shift = ctx.saved_tensors
-        with torch.autocast(source.device.type, enabled=False):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None, None, None]:
+        x, shift = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
             relevance = _inner(wide(gradient), shift, ctx.dim)
             if ctx.bias is not None:
                 ctx.bias.of_norm = relevance
-                return None, gradient, None, None, None
-            added = start_at(source, relevance, ctx.dim)
-        return added.to(source.dtype), gradient, None, None, None
+                return None, gradient, None, None, None, None
+            added = start_at(x, relevance, ctx.dim)
+        return added.to(x.dtype), gradient, None, None, None, None
