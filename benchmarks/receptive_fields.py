@@ -18,8 +18,9 @@ from benchmarks.timing import median, row, timed
 from xai_core.concepts.vectors import to_vectors
 from xai_core.models import Classifier, ModelSpec, load_classifier
 from xai_core.precision import own_modes
-from xai_core.receptive_fields import feature_vectors, output_of, receptive_fields
+from xai_core.receptive_fields import attributors, feature_vectors, output_of, receptive_fields
 from xai_core.receptive_fields.scalars import FeatureVectors
+from xai_core.registry import build_options, variant_id
 
 BATCH = 4
 MANY = 8
@@ -30,18 +31,22 @@ NETWORKS = {
     "mobilenetv2_100": "bn2",
     "deit_tiny_patch16_224": "blocks.11",
 }
+# The attributors of each kind of network, with what is off their defaults.
+CASES: dict[str, tuple[tuple[str, dict[str, float]], ...]] = {
+    "cnn": (("gradient", {}), ("srd", {})),
+    "vit": (("gradient", {}), ("attn_lrp", {}), ("attn_lrp", {"gamma_linear": 0.0})),
+}
 
 
 def run(device: str) -> None:
     """Prints the rows of this benchmark."""
     for name, layer in NETWORKS.items():
         model = load_classifier(ModelSpec(name, pretrained=False), device)
-        attributors = ("gradient", "attn_lrp" if model.family == "vit" else "srd")
-        for attributor in attributors:
-            compare(model, layer, attributor, device)
+        for attributor, options in CASES[model.family]:
+            compare(model, layer, attributor, options, device)
 
 
-def compare(model: Classifier, layer: str, attributor: str, device: str) -> None:
+def compare(model: Classifier, layer: str, attributor: str, options: dict[str, float], device: str) -> None:
     """One row: what a vector's field costs in plain gradients."""
     pictures = torch.randn(BATCH, 3, *model.input_size, generator=torch.Generator().manual_seed(0)).to(device)
     functions: dict[str, Callable[[], object]] = {"plain": partial(plain_gradient, model, pictures, layer)}
@@ -57,7 +62,10 @@ def compare(model: Classifier, layer: str, attributor: str, device: str) -> None
         key: median(mine / plain / count for mine, plain in zip(times[key], times["plain"], strict=True))
         for key, count in (("one", 1), ("many", MANY))
     }
-    row(f"{model.spec.name} {layer} {attributor} batch={BATCH}", **ratios)
+    row(
+        f"{model.spec.name} {variant_id(attributor, build_options(attributors.get(attributor), options))} batch={BATCH}",
+        **ratios,
+    )
 
 
 def spent(function: Callable[[], object], device: str) -> float:
@@ -77,9 +85,11 @@ def plain_gradient(model: Classifier, pictures: Tensor, layer: str) -> Tensor:
         return torch.autograd.grad(output, leaves, output.detach())[0]
 
 
-def fields(model: Classifier, pictures: Tensor, scalars: FeatureVectors, attributor: str) -> Tensor:
+def fields(
+    model: Classifier, pictures: Tensor, scalars: FeatureVectors, attributor: str, options: dict[str, float]
+) -> Tensor:
     """Fields of some vectors, in passes of one picture of each."""
-    return receptive_fields(model, pictures, scalars, attributor=attributor, batch_size=BATCH)
+    return receptive_fields(model, pictures, scalars, attributor=attributor, options=options, batch_size=BATCH)
 
 
 def first_vectors(model: Classifier, pictures: Tensor, layer: str, count: int) -> FeatureVectors:

@@ -6,14 +6,17 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
+from typing import Any, TypeVar
 
 import torch
 
 from flows.dispatch import DaskExecutor, Placement, SchedulerLostError
 from tasks.config import ComputeConfig
 from xai_core.errors import UsageError
+
+C = TypeVar("C", bound=Any)
 
 MOST_LOCAL_WORKERS = 4
 CONNECT_SECONDS = 15
@@ -50,7 +53,10 @@ def executor(
             yield DaskExecutor(client, Placement(device, torch.get_num_threads()), check)
         return
     workers = local_workers(compute, device)
-    with _local_cluster(compute, device, workers) as cluster, Client(cluster, set_as_default=False) as client:
+    with (
+        _closed(_local_cluster(compute, device, workers)) as cluster,
+        _closed(Client(cluster, set_as_default=False)) as client,
+    ):
         for address in cluster.scheduler_info["workers"]:
             fire_and_forget(client.submit(warm_up, workers=[address], pure=False))
         yield DaskExecutor(client, Placement(device, max(1, _cores() // workers)), check)
@@ -92,6 +98,19 @@ def _local_cluster(compute: ComputeConfig, device: str, workers: int):  # type: 
             resources={"GPU": 1} if device == "cuda" else None,
             silence_logs="ERROR",
         )
+
+
+@contextmanager
+def _closed(ours: C) -> Iterator[C]:
+    """Closes what is ours at the end. What was computed is committed by then: to close late is no failed run.
+
+    On a busy machine workers can take longer to end than Dask waits; they end with this process at the latest.
+    """
+    try:
+        yield ours
+    finally:
+        with suppress(TimeoutError):
+            ours.close()
 
 
 @contextmanager

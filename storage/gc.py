@@ -18,7 +18,8 @@ from storage.store import Store
 class Garbage:
     """What no run refers to: commit records, the objects that only they vouch for, listings and copies.
 
-    Paths are relative to the store. ``objects`` also holds what killed writers left, ``bytes`` is the sum.
+    Paths are relative to the store. ``leftovers`` are what killed writers left, checkpoints of trainings
+    that did not end among it; ``bytes`` is the sum.
     """
 
     records: tuple[str, ...]
@@ -48,6 +49,8 @@ def find_garbage(store: Store) -> Garbage:
     groups = _empty_groups(store, kept, objects)
     listings = [*_dead_listings(store), *_dead_copies(store, live)]
     left = [_relative(store, path) for path in leftovers(store.root)]
+    # No run goes on meanwhile: a training that was killed would begin anew.
+    left += [path for path in walk(store.root) if kind_of(path) is Kind.checkpoint]
     garbage = [*dead, *objects, *groups, *listings, *left]
     size = sum((store.root / path).stat().st_size for path in garbage)
     return Garbage(tuple(dead), (*objects, *groups), tuple(listings), tuple(left), size)
@@ -57,13 +60,13 @@ def collect(store: Store, garbage: Garbage) -> None:
     """Removes garbage; hold :meth:`Store.maintenance` from finding it to here."""
     for path in garbage.records:
         remove_durably(store.root / path)
-    for path in (*garbage.objects, *garbage.listings):
+    for path in (*garbage.objects, *garbage.listings, *garbage.leftovers):
         (store.root / path).unlink(missing_ok=True)
     remove_leftovers(store.root)
     # Nobody holds one: they were left by writers that were killed.
     for lock in (store.root / "locks" / "units").glob("*.lock"):
         lock.unlink()
-    for name in ("arrays", "tables", "files", "commits", "compact"):
+    for name in ("arrays", "tables", "files", "commits", "compact", "work"):
         _remove_empty_folders(store.root / name)
 
 

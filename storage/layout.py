@@ -28,6 +28,7 @@ class Kind(StrEnum):
     attempt = "attempt"
     lock = "lock"
     server = "server"
+    checkpoint = "checkpoint"
     temporary = "temporary"
 
 
@@ -43,6 +44,7 @@ PATTERNS = tuple(
         (Kind.run, r"runs/[^/]+\.json"),
         (Kind.listing, rf"listings/{HEX}{{24}}((\.\d+)?\.json|\.parquet)"),
         (Kind.compacted, rf"compact/[^/]+/{HEX}{{24}}\.(json|parquet)"),
+        (Kind.checkpoint, rf"work/{HEX}{{24}}\.checkpoint"),
         (Kind.attempt, rf"attempts/{HEX}{{24}}\.json"),
         (Kind.model, rf"models/{HEX}{{24}}\.json"),
         (Kind.data, rf"tables/[^/]+/[^/]+-\d{{7}}-{HEX}{{24}}\.parquet"),

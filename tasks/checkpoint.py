@@ -1,4 +1,4 @@
-"""Checkpoints of a training that may be killed: beside the store, and no truth in them."""
+"""Checkpoints of a training that may be killed: no truth is in them, and no record vouches for one."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class Checkpoint:
-    """The last state of one unit's training: a file of its own folder, named by the unit's key.
+    """The last state of one unit's training: a file in the store's folder ``work``, named by the unit's key.
 
-    The folder is the store's with ``.work`` at its end, so that neither ``verify`` nor ``gc`` has to know of it.
     One that is missing, damaged or cannot be written makes a training begin anew, and nothing else.
     """
 
     def __init__(self, store: Store, key: str) -> None:
-        root = store.root.resolve()
-        self.path = root.with_name(f"{root.name}.work") / f"{key[:KEY_CHARACTERS]}.checkpoint"
+        self.path = store.root.resolve() / "work" / f"{key[:KEY_CHARACTERS]}.checkpoint"
         self._due = 0.0
 
     def read(self) -> dict[str, Tensor] | None:

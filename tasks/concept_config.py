@@ -104,8 +104,8 @@ class ConceptsConfig(Frozen):
     """Which layers' pointwise feature vectors are sampled and which dictionaries are fitted to them.
 
     ``per_image`` vectors are drawn from each image, and ``class_token`` adds that of a ViT. ``receptive_fields``
-    null leaves out where each vector comes from, which costs two to six gradients a vector. ``atoms`` null means 8 per
-    channel, capped by the sample.
+    null leaves out where each vector comes from, which costs two to six gradients a vector. ``atoms`` null means
+    8 per channel, capped by the sample.
     """
 
     layers: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,12 @@ from xai_core.render.concept_sheet import Exemplars
 # A graph shows the classes of most images side by side, as iERF's figure 9 does.
 CLASSES_TOGETHER = 2
 
+# Why there are no dictionaries: whether layers were asked for.
+NOTHING = {
+    False: "No layer was asked for: name some under concepts.layers.",
+    True: "Fewer than two vectors were sampled: there is nothing to fit.",
+}
+
 NAMES = ("concepts", "concept_scores", "concept_edges", "sae_training", "concept_insertion", "cafe")
 
 
@@ -41,13 +48,14 @@ def concepts_of_run(context: Context, results: Results) -> ConceptSection:
     extractors = context.config.concepts.graph_extractors
     curves = curves_of(results.table("concept_curves"), extractors[0]) if extractors else {}
     keys = shown_concepts(tables, graphs, names)
-    return concept_section(
+    found = concept_section(
         tables,
         class_names=names,
         exemplars=read_exemplars(study_classifier(context), context.config.dataset, results, keys),
         graphs=graphs,
         curves=curves,
     )
+    return replace(found, nothing=NOTHING[bool(context.config.concepts.layers)])
 
 
 def read_exemplars(

@@ -69,6 +69,8 @@ class ConceptSection:
     insertion: tuple[AreaTable, ...]
     cafe: tuple[AreaTable, ...]
     charts: Mapping[str, ChartGroup] = field(default_factory=dict)
+    #: Why there is no dictionary, where there is none.
+    nothing: str = "No dictionary was fitted."
 
     @property
     def figures(self) -> list[Any]:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from storage.commits import CommitRecord, Unit
 from storage.digest import results_digest
+from storage.gc import collect, find_garbage
 from storage.store import Store, open_store
 from storage.verify import verify_store
 from tasks.checkpoint import Checkpoint
@@ -121,7 +122,7 @@ def test_the_training_is_logged_in_rows(ran: Ran) -> None:
 
 
 def test_no_checkpoint_is_left_after_the_commit(ran: Ran) -> None:
-    assert sorted(path.name for path in ran.store.root.parent.iterdir()) == ["store"]
+    assert not (ran.store.root / "work").exists()
     assert fitted(ran.store).facts["resumed_at"] == 0
     assert verify_store(ran.store).damage == ()
 
@@ -131,7 +132,7 @@ def killed(warm: Warm, ran: Ran, folder: Path, moment: str) -> Path:
     root = shutil.copytree(ran.store.root, folder / "store")
     record = fitted(ran.store)
     open_store(root).commits.drop(record.unit, record.key)
-    faults = Faults(folder, ({"moment": moment, "path": r"store\.work/[^.]*\.checkpoint$"},))
+    faults = Faults(folder, ({"moment": moment, "path": r"store/work/[^.]*\.checkpoint$"},))
     assert warm.run(STUDY, root, faults) == -signal.SIGKILL, warm.said()
     assert len(faults.fired()) == 1
     return root
@@ -142,7 +143,7 @@ def again(run_chain: Chain, root: Path) -> tuple[int, str]:
     rerun = run_chain(STUDY, root)
     assert rerun.counts == {"dictionary": 1}
     assert verify_store(rerun.store).damage == ()
-    assert not root.with_name("store.work").exists()
+    assert not (root / "work").exists()
     return fitted(rerun.store).facts["resumed_at"], results_digest(rerun.store, rerun.run_id)
 
 
@@ -151,7 +152,7 @@ def test_a_training_that_is_killed_ends_in_the_same_dictionary(
     warm: Warm, run_chain: Chain, ran: Ran, tmp_path: Path, moment: str, step: int
 ) -> None:
     root = killed(warm, ran, tmp_path, moment)
-    assert len(list(root.with_name("store.work").iterdir())) == 1
+    assert len(list((root / "work").iterdir())) == 1
     assert verify_store(open_store(root)).damage == ()
     assert again(run_chain, root) == (step, results_digest(ran.store, ran.run_id))
 
@@ -160,7 +161,7 @@ def test_a_damaged_checkpoint_makes_the_training_begin_anew(
     warm: Warm, run_chain: Chain, ran: Ran, tmp_path: Path
 ) -> None:
     root = killed(warm, ran, tmp_path, "settle")
-    (path,) = root.with_name("store.work").glob("*.checkpoint")
+    (path,) = (root / "work").glob("*.checkpoint")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -170,16 +171,16 @@ def test_a_damaged_checkpoint_makes_the_training_begin_anew(
 def test_a_checkpoint_that_cannot_be_written_is_said_and_not_fatal(tmp_path: Path) -> None:
     store = open_store(tmp_path / "store", create=True)
     checkpoint = Checkpoint(store, "0" * 64)
-    (tmp_path / "store.work").write_text("a file in its way")
+    (tmp_path / "store" / "work").write_text("a file in its way")
     with pytest.warns(UserWarning, match="no checkpoint was written"):
         checkpoint.write({"a": torch.ones(2)})
     assert checkpoint.read() is None
-    (tmp_path / "store.work").unlink()
+    (tmp_path / "store" / "work").unlink()
     checkpoint.write({"a": torch.ones(2)})
     assert torch.equal(checkpoint.read()["a"], torch.ones(2))  # type: ignore[index]
     checkpoint.remove()
     checkpoint.remove()
-    assert not (tmp_path / "store.work").exists()
+    assert not (tmp_path / "store" / "work").exists()
 
 
 def test_a_checkpoint_of_another_unit_keeps_the_folder(tmp_path: Path) -> None:
@@ -225,3 +226,13 @@ def test_other_training_options_are_another_dictionary_and_nothing_else(ran: Ran
     missing = {one.unit for one in planned if one.unit.stage in ("pfv", "dictionary") and one.reason is not None}
     assert len(missing) == 1
     assert next(iter(missing)) == Unit("dictionary", next(iter(missing)).variant, 0)
+
+
+def test_garbage_collection_removes_what_killed_trainings_left(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "store", create=True)
+    checkpoint = Checkpoint(store, "0" * 64)
+    checkpoint.write({"a": torch.zeros(1)})
+    garbage = find_garbage(store)
+    assert garbage.leftovers == (f"work/{'0' * 24}.checkpoint",)
+    collect(store, garbage)
+    assert checkpoint.read() is None

@@ -52,7 +52,7 @@ class Supports:
             active = F.pad(active, (0, _SLOTS))
         sign = pull.sign() * fresh
         slope = active - penalty * self.sign
-        start, fresh, lift, schur = self._make_room(newcomers, sign, fresh, slope)
+        start, fresh, lift, schur = self._make_room(newcomers, sign, fresh)
         slope_new = pull - penalty * sign
         fresh, factor = self._choose(schur, slope_new - (lift @ slope.unsqueeze(2)).squeeze(2), sign, start, fresh)
         both = fresh.unsqueeze(2) & fresh.unsqueeze(1)
@@ -65,12 +65,10 @@ class Supports:
         self.code.scatter_(1, slots, start * fresh)
         self._settle(slope.scatter(1, slots, slope_new * fresh))
 
-    def _make_room(
-        self, newcomers: Tensor, sign: Tensor, fresh: Tensor, slope: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _make_room(self, newcomers: Tensor, sign: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Trades atoms of the support for a newcomer inside their span, at no change of what the codes stand for.
 
-        Without it a support that spans all C dimensions could not change. ``slope`` is emptied where atoms go.
+        Without it a support that spans all C dimensions could not change.
 
         Returns:
             The newcomers' codes after the trade, which newcomers are left, their coefficients in the
@@ -91,7 +89,6 @@ class Supports:
             rows, slot, reach = rows[~endless], slot[~endless], reach[~endless]
             self.code[rows] = code[~endless] - reach.unsqueeze(1) * trade[~endless]
             start[rows, 0] += reach * sign[rows, 0]
-            slope[rows, slot] = 0.0
             self._drop(rows, slot)
 
     def _project(self, newcomers: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +142,7 @@ class Supports:
             self.code[rows] = code + zero.clamp(max=1).unsqueeze(1) * step
             blocked = zero < 1
             rows, slot, zero = rows[blocked], slot[blocked], zero[blocked]
-            slope = (slope[blocked] * (1 - zero).unsqueeze(1)).scatter(1, slot.unsqueeze(1), 0.0)
+            slope = slope[blocked] * (1 - zero).unsqueeze(1)
             self._drop(rows, slot)
 
     def _drop(self, rows: Tensor, slot: Tensor) -> None:

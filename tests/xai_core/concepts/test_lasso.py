@@ -16,6 +16,7 @@ from xai_core.concepts import (
     lasso_codes,
 )
 from xai_core.concepts.active_set import solve
+from xai_core.concepts.supports import Supports
 from xai_core.errors import UsageError
 
 
@@ -81,6 +82,38 @@ def test_the_solver_equals_slow_coordinate_descent(precision: torch.dtype, penal
     assert not len(solution.open)
 
 
+@pytest.mark.parametrize("dimensions", [12, 4])
+def test_a_move_ends_at_the_minimum_over_the_support_and_lowers_the_objective(dimensions: int) -> None:
+    atoms, vectors = _unit(normal(40, dimensions)), _unit(normal(30, dimensions, seed=1))
+    padded = torch.cat([atoms, torch.zeros(1, dimensions, dtype=torch.float64)])
+    penalty = torch.full((30, 1), 0.03, dtype=torch.float64)
+    supports = Supports(30, 40, padded @ padded.T)
+    before = torch.full((30,), 0.5, dtype=torch.float64)
+    for _ in range(30):
+        pull = (vectors - supports.combine(padded)) @ padded.T
+        strongest, newcomers = pull.abs().scatter(1, supports.atom, 0.0).topk(8, dim=1)
+        fresh = strongest > penalty + 1e-12
+        if not fresh.any():
+            break
+        active = pull.gather(1, supports.atom)
+        supports.admit(newcomers, pull.gather(1, newcomers), fresh, active, penalty)
+        used = supports.atom < 40
+        residual = vectors - supports.combine(padded)
+        slope = (residual @ padded.T).gather(1, supports.atom) - penalty * supports.sign
+        assert slope.abs().max() < 1e-9
+        assert (supports.code * supports.sign >= 0).all()
+        assert not supports.code[~used].any()
+        after = residual.square().sum(dim=1) / 2 + 0.03 * supports.code.abs().sum(dim=1)
+        assert (after < before)[fresh.any(dim=1)].all()
+        before = after
+        for index in range(30):
+            of = supports.atom[index][used[index]]
+            inverse = supports.inverse[index][used[index]][:, used[index]]
+            identity = torch.eye(len(of), dtype=torch.float64)
+            torch.testing.assert_close(inverse @ atoms[of] @ atoms[of].T, identity, atol=1e-6, rtol=0)
+    assert not fresh.any()
+
+
 def test_every_vector_has_a_penalty_and_an_excluded_atom_of_its_own() -> None:
     atoms = _unit(normal(12, 6))
     penalty = torch.linspace(0.02, 0.5, 12, dtype=torch.float64)
@@ -126,6 +159,19 @@ def test_degenerate_dictionaries_are_solved_to_the_duality_gap(atoms: Tensor, pe
     assert float(((optimum - dual) / optimum).max()) < 1e-9
     assert float((_objective(unit_atoms, unit_vectors, codes, penalty) / optimum - 1).max()) < 1e-5
     assert exact.count_nonzero(dim=1).max() <= atoms.shape[1]
+
+
+def test_a_penalty_near_the_rounding_of_float32_is_solved_in_float64() -> None:
+    atoms, vectors = _unit(normal(60, 30)), _unit(normal(20, 30, seed=1))
+    exact = solve(atoms, vectors, torch.full((20,), 2e-6, dtype=torch.float64)).codes
+    codes = lasso_codes(atoms, vectors, 2e-6)
+    assert torch.equal(codes != 0, exact != 0)
+
+
+def test_float32_finds_the_very_support_of_float64() -> None:
+    atoms, vectors = _unit(normal(1, 40) + normal(400, 40, seed=3)), _unit(normal(1, 40) + normal(300, 40, seed=1))
+    exact = solve(atoms, vectors, torch.full((300,), 0.05, dtype=torch.float64)).codes
+    assert torch.equal(lasso_codes(atoms, vectors, 0.05) != 0, exact != 0)
 
 
 def test_codes_depend_neither_on_the_block_nor_on_the_other_vectors(monkeypatch: pytest.MonkeyPatch) -> None:

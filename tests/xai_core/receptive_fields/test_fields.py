@@ -68,6 +68,20 @@ def test_neither_batches_nor_neighbours_change_a_field(build: Callable[[], Class
         torch.testing.assert_close(one, whole[[number]], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("layer", ["layer1", "layer2", "layer3", "layer3.0.downsample"])
+def test_a_picture_alone_is_treated_as_beside_another(layer: str) -> None:
+    """Torch's batch norm on the CPU misreads a gradient of transposed vectors where there is one picture."""
+    model = tiny_cnn()
+    images, _ = pictures(2)
+    alone, beside = (
+        receptive_fields(
+            model, images, vectors_at(model, images, owner, [0] * len(owner), layer), attributor="gradient"
+        )
+        for owner in ([0], [0, 1])
+    )
+    torch.testing.assert_close(alone[0], beside[0], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("build", "attributor"), CASES)
 def test_nothing_behind_the_layer_runs_and_nothing_is_left_behind(
     build: Callable[[], Classifier], attributor: str
@@ -204,11 +218,13 @@ def test_a_sum_leaves_out_prefix_tokens() -> None:
     images, _ = pictures(1)
     clean = clean_vectors(model, images, "blocks.1")
     dictionary = autoencoder(clean.shape[2])
-    scalars = latents("blocks.1", torch.tensor([0]), dictionary, torch.tensor([2]), "sum")
+    # One that the class token has, too.
+    atom = int((clean[0, 0].float() @ dictionary.encoder["weight"].T + dictionary.encoder["bias"]).argmax())
+    scalars = latents("blocks.1", torch.tensor([0]), dictionary, torch.tensor([atom]), "sum")
     with pytest.raises(UsageError, match="not settled"):
         scalars(clean, torch.tensor([0]))
     value = scalars.settled(clean, torch.tensor([0]), 1)(clean, torch.tensor([0]))
-    weight, bias = dictionary.encoder["weight"][2], dictionary.encoder["bias"][2]
+    weight, bias = dictionary.encoder["weight"][atom], dictionary.encoder["bias"][atom]
     torch.testing.assert_close(value.float(), (clean[:, 1:].float() @ weight + bias).relu().sum(1))
 
 
