@@ -51,7 +51,8 @@ def compare(model: Classifier, layer: str, attributor: str, options: dict[str, f
     pictures = torch.randn(BATCH, 3, *model.input_size, generator=torch.Generator().manual_seed(0)).to(device)
     functions: dict[str, Callable[[], object]] = {"plain": partial(plain_gradient, model, pictures, layer)}
     for key, count in (("one", 1), ("many", MANY)):
-        functions[key] = partial(fields, model, pictures, first_vectors(model, pictures, layer, count), attributor)
+        scalars = first_vectors(model, pictures, layer, count)
+        functions[key] = partial(fields, model, pictures, scalars, attributor, options)
     times: dict[str, list[float]] = {key: [] for key in functions}
     for round_ in range(REPEATS + 1):
         for key, function in functions.items():
@@ -62,10 +63,8 @@ def compare(model: Classifier, layer: str, attributor: str, options: dict[str, f
         key: median(mine / plain / count for mine, plain in zip(times[key], times["plain"], strict=True))
         for key, count in (("one", 1), ("many", MANY))
     }
-    row(
-        f"{model.spec.name} {variant_id(attributor, build_options(attributors.get(attributor), options))} batch={BATCH}",
-        **ratios,
-    )
+    variant = variant_id(attributor, build_options(attributors.get(attributor), options))
+    row(f"{model.spec.name} {variant} batch={BATCH}", **ratios)
 
 
 def spent(function: Callable[[], object], device: str) -> float:

@@ -109,6 +109,8 @@ TABLES: dict[str, pa.Schema] = {
             vectors=pa.int64(),
             rel_l2=pa.float64(),
             l0_ratio=pa.float64(),
+            rel_l2_error=pa.float64(),
+            l0_ratio_error=pa.float64(),
         )
     ),
     "sae_training": pa.schema(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import asdict
 from typing import Any
@@ -119,6 +120,8 @@ def _write(
                 "vectors": [vectors] * atoms,
                 "rel_l2": [quality.rel_l2] * atoms,
                 "l0_ratio": [quality.l0_ratio] * atoms,
+                "rel_l2_error": [_number(quality.rel_l2_error)] * atoms,
+                "l0_ratio_error": [_number(quality.l0_ratio_error)] * atoms,
             },
         ),
     )
@@ -131,6 +134,11 @@ def _weights(context: Context) -> str:
     unit = next(iter(context.work.upstream))
     model = context.record(unit.stage, unit.variant, unit.shard).ingredients["model"]
     return str(model["weights"])
+
+
+def _number(value: float) -> float | None:
+    """A standard error, or null where too few vectors have none."""
+    return value if math.isfinite(value) else None
 
 
 STAGE = Stage(

@@ -119,7 +119,7 @@ def test_an_empty_store_answers(tmp_path: Path) -> None:
 
 
 def test_a_wrong_query_names_the_tables(store: Store) -> None:
-    with pytest.raises(QueryError, match=r"the tables are: best_method_per_image, concepts, curves"):
+    with pytest.raises(QueryError, match=r"the tables are: best_method_per_image, cafe, concept_curves, "):
         sql.query(store, "select * from metricks")
 
 

@@ -63,7 +63,16 @@ DEFAULTS = {
         choice("p_deletion", **CURVE),
         choice("p_aopc", **CURVE),
     ],
-    "concepts": {"layers": [], "per_image": 1, "atoms": None},
+    "concepts": {
+        "layers": [],
+        "per_image": 1,
+        "class_token": True,
+        "receptive_fields": {"size": 14, "attributor": "auto"},
+        "atoms": None,
+        "exemplars": {"count": 10, "distinct_images": True},
+        "graph": None,
+        "cafe": None,
+    },
     "run": {
         "shard_size": 128,
         "batch_size": 32,

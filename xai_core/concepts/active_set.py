@@ -41,8 +41,8 @@ def solve(atoms: Tensor, vectors: Tensor, penalty: Tensor, excluded: Tensor | No
     A round finds the pull ``v_j . (x - V u)`` of every atom in one matrix product, takes the strongest of those
     beyond the penalty into each vector's support, and moves to the minimum over the support with signs fixed;
     a coefficient that reaches zero on the way leaves the support. The objective falls in every round and there are
-    finitely many supports: the end is the optimum. A problem whose duality gap is closed and that no atom pulls
-    at any more leaves; one that eight rounds in a row did not improve leaves with the gap that it has.
+    finitely many supports: the end is the optimum. A problem whose duality gap is closed leaves; one that
+    eight rounds in a row did not improve leaves with the gap that it has.
 
     Args:
         atoms: unit vectors ``[K, C]`` or zeros; vectors: ``[N, C]`` of norm 1 at most. Their type, float32 or
@@ -94,7 +94,7 @@ class _Problems:
             pulls = pull.gather(1, newcomers)
             left = self._gap(residual, torch.maximum(strongest[:, 0], active.abs().amax(dim=1)))
             fresh = strongest > self.penalty + 2 * torch.finfo(pull.dtype).eps
-            leaving = ((left <= GAP[pull.dtype]) & ~fresh[:, 0]) | (self.idle >= _IDLE_ROUNDS)
+            leaving = (left <= GAP[pull.dtype]) | (self.idle >= _IDLE_ROUNDS)
             some = int(leaving.sum())
             if some * _SOLVED_SHARE >= len(leaving) or (some and len(leaving) < 64):
                 self._write(leaving, left, codes, gap)

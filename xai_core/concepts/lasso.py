@@ -12,8 +12,6 @@ from xai_core.errors import UsageError
 from xai_core.precision import own_modes
 
 LASSO_PENALTY = 0.1
-# Below, the rounding of float32 would be more than its gap, relative to the penalty.
-_FINEST_OF_FLOAT32 = 0.01
 # The gap above which a warning is given.
 ACCEPTED_GAP = GAP[torch.float32]
 # Vectors whose float64 codes are held beside the float32 ones that are returned.
@@ -28,8 +26,8 @@ def lasso_codes(atoms: Tensor, vectors: Tensor, penalty: float = LASSO_PENALTY) 
     A vector or an atom of zeros has codes of zero. Coefficients that the optimum does not have are exactly zero.
     Codes carry no gradient.
 
-    Solved in float32 to a duality gap of 1e-5 of the objective. Penalties below 0.01, and vectors that this
-    precision does not bring there (atoms that nearly coincide), are solved in float64 to 1e-10. Should that fail,
+    Solved in float32 to a duality gap of 1e-5 of the objective. Vectors that this precision does not bring there
+    (a penalty near rounding, atoms that nearly coincide) are solved again in float64, to 1e-10. Should that fail,
     a ``RuntimeWarning`` says for how many vectors, the largest gap that is left and the rounds.
 
     Args:
@@ -50,12 +48,9 @@ def lasso_codes(atoms: Tensor, vectors: Tensor, penalty: float = LASSO_PENALTY) 
         unit_atoms, atom_norms = _unit(atoms.to(vectors.device), "atoms")
         unit_vectors, vector_norms = _unit(vectors, "vectors")
         penalties = unit_vectors.new_full((len(vectors),), penalty)
-        codes = vectors.new_zeros(len(vectors), len(atoms), dtype=torch.float32)
-        left = torch.arange(len(vectors), device=vectors.device)
-        if penalty >= _FINEST_OF_FLOAT32:
-            fast = solve(unit_atoms.float(), unit_vectors.float(), penalties.float())
-            codes, left = fast.codes, fast.open
-        for rows in left.split(_CHUNK):
+        fast = solve(unit_atoms.float(), unit_vectors.float(), penalties.float())
+        codes = fast.codes
+        for rows in fast.open.split(_CHUNK):
             exact = solve(unit_atoms, unit_vectors[rows], penalties[rows])
             codes[rows] = exact.codes.float()
             _warn(exact)

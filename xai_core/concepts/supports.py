@@ -54,7 +54,7 @@ class Supports:
         slope = active - penalty * self.sign
         start, fresh, lift, schur = self._make_room(newcomers, sign, fresh)
         slope_new = pull - penalty * sign
-        fresh, factor = self._choose(schur, slope_new - (lift @ slope.unsqueeze(2)).squeeze(2), sign, start, fresh)
+        fresh, factor = self._choose(schur, slope_new, sign, start, fresh)
         both = fresh.unsqueeze(2) & fresh.unsqueeze(1)
         slots = (self.atom == self.free).float().topk(newcomers.shape[1], dim=1).indices
         # The inverse of a bordered matrix, for all newcomers at once.

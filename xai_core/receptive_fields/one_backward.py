@@ -69,13 +69,12 @@ def _at_layer(reading: Reading, output: Tensor, which: Tensor, start: Start | No
         vectors = reading.vectors(leaf)[: len(which)]
         values = reading.scalars(vectors, which)
         (gradient,) = torch.autograd.grad(values.sum(), leaf, materialize_grads=True, allow_unused=True)
-    if start is not None:
-        of_vectors = reading.vectors(gradient)
-        started = torch.zeros_like(of_vectors)
-        started[: len(which)] = start(vectors.detach(), of_vectors[: len(which)], values.detach())
-        gradient = from_vectors(reading.model, started, like=gradient)
-    # In the output's own strides: batch norm on the CPU misreads those of transposed vectors of a single image.
-    return gradient
+    if start is None:
+        return gradient
+    of_vectors = reading.vectors(gradient)
+    started = torch.zeros_like(of_vectors)
+    started[: len(which)] = start(vectors.detach(), of_vectors[: len(which)], values.detach())
+    return from_vectors(reading.model, started, like=gradient)
 
 
 @dataclass(frozen=True)

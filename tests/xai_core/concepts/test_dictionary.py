@@ -139,6 +139,7 @@ def test_dictionary_learning_obeys_its_penalty() -> None:
         for alpha in (0.02, 0.5)
     )
     assert dense.sizes.sum() > 2 * sparse.sizes.sum()
+    assert not torch.allclose(dense.atoms, sparse.atoms, atol=0.01)
 
 
 def test_extractors_are_registered_with_their_paper() -> None:

@@ -9,7 +9,6 @@ put in is shared equally by the vectors of their receptive field that are not ze
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from xai_core.arithmetic import ratio, wide
+from xai_core.arithmetic import wide
+from xai_core.attribution.propagation.bias_shares import Bias, Squares, inner, over, start_at
 from xai_core.attribution.propagation.gradient_form import Held, frozen_scale_norm
 from xai_core.attribution.propagation.hooked import hooked
 from xai_core.attribution.propagation.layers import (
@@ -55,23 +55,6 @@ def sharing_ratio_rules(module: nn.Module, hold: Hold = of_the_pass) -> Iterator
     """
     with hooked(module, _Hooks(hold).put_on):
         yield
-
-
-def start_at(vectors: Tensor, relevance: Tensor, dim: int = 1) -> Tensor:
-    """The gradient with which feature vectors (channels along ``dim``) of some relevance start a backward pass.
-
-    Args:
-        vectors: ``[..., C, ...]``; relevance: the same without ``dim``. A zero vector starts nothing.
-    """
-    vectors = wide(vectors)
-    return vectors * _over(relevance.unsqueeze(dim), vectors.square().sum(dim, keepdim=True))
-
-
-def _over(relevance: Tensor, squares: Tensor) -> Tensor:
-    """Relevance over the squared length of the vectors that take it; 0 where these have none to speak of."""
-    numbers = torch.finfo(squares.dtype)
-    # So short that the quotient could be infinite.
-    return ratio(relevance, squares.masked_fill(squares < numbers.tiny / numbers.eps, 0.0))
 
 
 class _Hooks:
@@ -112,7 +95,7 @@ class _Hooks:
         held = self._hold(inputs[0], output)
         if held is None:
             return None
-        bias = _Bias(layer, self._dim)
+        bias = Bias(layer, self._dim)
         shared = _SharedBias.apply(inputs[0], output, held.x, bias)
         setattr(shared, _BIAS, bias)
         return shared
@@ -153,79 +136,6 @@ def _shift(norm: Any) -> Tensor:
     return (0.0 if norm.bias is None else norm.bias) - norm.running_mean * scale
 
 
-class _Squares:
-    """Squared lengths of the vectors of one tensor, the same in every backward pass of a graph."""
-
-    def __init__(self, dim: int) -> None:
-        self.dim = dim
-        self._known: Tensor | None = None
-
-    def of(self, x: Tensor) -> Tensor:
-        """Of ``x`` in float32 at least, with a length of 1 along ``dim``."""
-        # Gradients are on in a backward pass that is itself to be differentiated.
-        if self._known is None or torch.is_grad_enabled():
-            self._known = x.square().sum(self.dim, keepdim=True)
-        return self._known
-
-
-class _Bias:
-    """The bias of one call of a layer: what relevance it takes, and how the layer's inputs share it."""
-
-    def __init__(self, layer: nn.Module, dim: int) -> None:
-        self._layer = layer
-        self._squares = _Squares(dim)
-        # Where inputs are not zero, and how many of these each output sees: [B, 1, h, w] and [B, 1, h', w'].
-        self._live: Tensor | None = None
-        self._counts: Tensor | None = None
-        #: Relevance of the shift of the norm behind the layer, ``[B, h, w]``: its backward has run by then.
-        self.of_norm: Tensor | None = None
-
-    def shares(self, source: Tensor, gradient: Tensor) -> Tensor | None:
-        """What the bias adds to the gradient of the layer's inputs; None where nothing is added."""
-        dim = self._squares.dim
-        relevance, self.of_norm = self.of_norm, None
-        own = self._layer.bias
-        if own is not None:
-            taken = _inner(gradient, own, dim)
-            relevance = taken if relevance is None else relevance + taken
-        if relevance is None:
-            return None
-        source = wide(source)
-        squares = self._squares.of(source)
-        relevance = relevance.unsqueeze(dim)
-        return source * _over(relevance if dim == -1 else self._spread(relevance, squares > 0), squares)
-
-    def _spread(self, relevance: Tensor, live: Tensor) -> Tensor:
-        """Relevance ``[B, 1, h', w']`` of outputs, in equal shares to the live inputs that they see."""
-        if self._live is None or self._counts is None:
-            with torch.enable_grad():
-                self._live = live.to(relevance.dtype).requires_grad_(True)
-                self._counts = _box_of(self._layer, relevance).forward(self._live)
-        each = ratio(relevance, self._counts.detach())
-        (spread,) = torch.autograd.grad(
-            self._counts, self._live, each, retain_graph=True, create_graph=torch.is_grad_enabled()
-        )
-        return spread * self._live.detach()
-
-
-def _box_of(layer: nn.Module, like: Tensor) -> Any:
-    """A convolution of the same geometry that adds up one channel."""
-    box: Any = copy.copy(layer)
-    box._parameters = {"weight": like.new_ones(1, 1, *box.kernel_size), "bias": None}
-    box.groups = 1
-    return box
-
-
-def _inner(gradient: Tensor, shift: Tensor, dim: int) -> Tensor:
-    """Inner products of a gradient with a vector ``[C]`` that is the same everywhere, without ``dim``."""
-    shift = shift.to(gradient.dtype)
-    if dim == -1:
-        return gradient @ shift
-    # Its sum by a matrix product needs no copy of the gradient.
-    rows = shift.expand(len(gradient), 1, -1)
-    return torch.bmm(rows, gradient.flatten(2)).view(len(gradient), *gradient.shape[2:])
-
-
 # Each hands a layer's output on as it is: marked as changed in place, it costs neither a copy nor a view.
 
 
@@ -236,7 +146,7 @@ class _Activation(Function):
     def forward(ctx: Any, source: Tensor, output: Tensor, x: Tensor, y: Tensor, dim: int) -> Tensor:
         ctx.mark_dirty(output)
         ctx.save_for_backward(x, y)
-        ctx.squares = _Squares(dim)
+        ctx.squares = Squares(dim)
         return output
 
     @staticmethod
@@ -245,7 +155,7 @@ class _Activation(Function):
         with torch.autocast(x.device.type, enabled=False):
             relevance = (wide(y) * wide(gradient)).sum(ctx.squares.dim, keepdim=True)
             vectors = wide(x)
-            found = vectors * _over(relevance, ctx.squares.of(vectors))
+            found = vectors * over(relevance, ctx.squares.of(vectors))
         return found.to(x.dtype), None, None, None, None
 
 
@@ -253,7 +163,7 @@ class _SharedBias(Function):
     """A layer's output as it is; backwards, its inputs share what its bias takes."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, output: Tensor, x: Tensor, bias: _Bias) -> Tensor:
+    def forward(ctx: Any, source: Tensor, output: Tensor, x: Tensor, bias: Bias) -> Tensor:
         ctx.mark_dirty(output)
         ctx.save_for_backward(x)
         ctx.bias = bias
@@ -272,7 +182,7 @@ class _ShiftOfNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, source: Tensor, output: Tensor, x: Tensor, shift: Tensor, bias: _Bias | None, dim: int
+        ctx: Any, source: Tensor, output: Tensor, x: Tensor, shift: Tensor, bias: Bias | None, dim: int
     ) -> Tensor:
         ctx.mark_dirty(output)
         ctx.save_for_backward(x, shift)
@@ -283,9 +193,12 @@ class _ShiftOfNorm(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None, None, None]:
         x, shift = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            relevance = _inner(wide(gradient), shift, ctx.dim)
+            relevance = inner(wide(gradient), shift, ctx.dim)
             if ctx.bias is not None:
                 ctx.bias.of_norm = relevance
                 return None, gradient, None, None, None, None
             added = start_at(x, relevance, ctx.dim)
         return added.to(x.dtype), gradient, None, None, None, None
+
+
+__all__ = ["sharing_ratio_rules", "start_at"]
