@@ -14,6 +14,8 @@ import sys
 
 import torch
 
+from xai_core.allocation import GLIBC
+
 # Name, module, and whether it runs on a bare GPU machine.
 BENCHMARKS = (
     ("cam", "benchmarks.cam", False),
@@ -61,13 +63,9 @@ def machine(device: str) -> str:
 
 
 def _as_in_workers() -> None:
-    """Starts over with the memory allocation of Dask's workers: it decides over a third of a large batch's time."""
-    from flows.cluster import ALLOCATION
-
-    wanted = {name: str(value) for name, value in ALLOCATION.items()}
-    if not wanted.items() <= os.environ.items():
-        command = [sys.executable, "-m", "benchmarks", *sys.argv[1:]]
-        os.execve(sys.executable, command, {**os.environ, **wanted})
+    """Starts over with the memory allocation of Dask's workers: a third of a large batch's time hangs on it."""
+    if not GLIBC.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], {**os.environ, **GLIBC})
 
 
 if __name__ == "__main__":

@@ -14,16 +14,13 @@ import torch
 
 from flows.dispatch import DaskExecutor, Placement, SchedulerLostError
 from tasks.config import ComputeConfig
+from xai_core.allocation import GLIBC
 from xai_core.errors import UsageError
 
 C = TypeVar("C", bound=Any)
 
 MOST_LOCAL_WORKERS = 4
 CONNECT_SECONDS = 15
-
-# A network's activations are given back and asked for again at once, and glibc lets the kernel clear the same pages each
-# time: at batch 32 that was two fifths of a ResNet-50's time. One heap without mapped blocks keeps them for the next batch.
-ALLOCATION = {"MALLOC_MMAP_MAX_": 0, "MALLOC_TRIM_THRESHOLD_": 1 << 30, "MALLOC_ARENA_MAX": 1}
 
 # What fails in a worker comes back with its unit and is told once, in one line.
 SILENCE = {"DASK_LOGGING__DISTRIBUTED": "critical"}
@@ -83,7 +80,7 @@ def _local_cluster(compute: ComputeConfig, device: str, workers: int):  # type: 
         {
             "distributed.worker.daemon": False,
             "distributed.admin.tick.limit": "60s",
-            "distributed.nanny.pre-spawn-environ": {**ALLOCATION, **SILENCE, "OMP_NUM_THREADS": 1},
+            "distributed.nanny.pre-spawn-environ": {**GLIBC, **SILENCE, "OMP_NUM_THREADS": 1},
         }
     )
     with _interrupts_held():
