@@ -8,7 +8,10 @@ from typing import Any
 import xai_core.attribution
 import xai_core.concepts
 import xai_core.metrics
-import xai_core.parts  # noqa: F401  (importing registers)
+import xai_core.parts
+import xai_core.receptive_fields  # noqa: F401  (importing registers)
+from xai_core.concepts.graph import coefficient_attributions
+from xai_core.receptive_fields.attributors import AttributorEntry, attributors
 from xai_core.registry import Entry, MethodEntry, MetricEntry, Registry, extractors, methods, metrics, parsers
 
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -16,6 +19,8 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "metrics": metrics,
     "parts": parsers,
     "extractors": extractors,
+    "attributors": attributors,
+    "attributions": coefficient_attributions,
 }
 HIDDEN = ("function", "options", "also_needs", "arrays", "wraps", "fit")
 
@@ -41,7 +46,7 @@ def default_of(option: dataclasses.Field[Any]) -> Any:
     return "required" if option.default is dataclasses.MISSING else option.default
 
 
-def needs_of(entry: MethodEntry) -> list[str]:
+def needs_of(entry: MethodEntry | AttributorEntry) -> list[str]:
     """What a method needs of a model beside its family, a phrase each."""
     return [(need.__doc__ or need.__name__).strip().splitlines()[0].rstrip(".") for need in entry.needs]
 
@@ -52,7 +57,9 @@ def _describe(entry: Entry) -> dict[str, Any]:
     }
     options = {field.name: default_of(field) for field in dataclasses.fields(entry.options)}
     if isinstance(entry, MethodEntry):
-        facts |= {"families": ", ".join(entry.families), "needs": needs_of(entry), "fitted": entry.fit is not None}
+        facts |= {"fitted": entry.fit is not None}
+    if isinstance(entry, (MethodEntry, AttributorEntry)):
+        facts |= {"families": ", ".join(entry.families), "needs": needs_of(entry)}
     if isinstance(entry, MetricEntry):
         facts |= {"better": "higher" if entry.higher_is_better else "lower"}
     return {"name": facts.pop("name"), "options": options, **facts}

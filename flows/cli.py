@@ -43,6 +43,8 @@ class Kind(StrEnum):
     metrics = "metrics"
     parts = "parts"
     extractors = "extractors"
+    attributors = "attributors"
+    attributions = "attributions"
     models = "models"
 
 
@@ -276,7 +278,7 @@ def list_things(
     pattern: Annotated[str | None, typer.Argument(help="Only names that match, such as 'vit_*'.")] = None,
     rows: Annotated[ListFormat, typer.Option("--format", help="How the list is printed.")] = ListFormat.table,
 ) -> None:
-    """List methods, metrics, part parsers, dictionary extractors or models."""
+    """List what a config can name: methods, metrics, parts, extractors, attributors, attributions, models."""
     with exit_codes():
         commands.list_things(kind.value, pattern, rows.value)
 
