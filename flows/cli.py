@@ -284,7 +284,8 @@ def list_things(
 
 
 @train.command(
-    "classifier", epilog="Example:  vitrine train classifier configs/cifar10-resnet.yaml -o resnet.safetensors"
+    "classifier",
+    epilog="Example:  vitrine train classifier configs/training/cifar10-resnet.yaml -o resnet.safetensors",
 )
 def train_classifier(
     config: Annotated[Path, typer.Argument(help="YAML: dataset, test, model and training.")],

@@ -152,6 +152,12 @@ MATRIX: dict[str, tuple[Change, dict[str, int]]] = {
         {"pfv": 2, "dictionary": 1, "exemplars": 1, "report": 1},
     ),
     "concepts.exemplars": (with_config(concepts={"exemplars": {"count": 2}}), {"exemplars": 1, "report": 1}),
+    "concepts.graph": (
+        with_config(concepts={"graph": {"images": 2, "concepts": 2}}),
+        {"concept_graph": 2, "report": 1},
+    ),
+    # No autoencoder, no latents: only the page tells of it.
+    "concepts.cafe": (with_config(concepts={"cafe": {"latents": 2}}), {"report": 1}),
     "concepts.atoms": (with_config(concepts={"atoms": 2}), {"dictionary": 1, "exemplars": 1, "report": 1}),
     "an extractor more": (
         with_config(concepts={"extractors": ["bisecting_kmeans", {"name": "sae", "steps": 5}]}),
@@ -232,21 +238,7 @@ def test_a_change_reruns_what_depends_on_it_and_nothing_else(run_chain: Chain, p
     assert run_chain(changed, place.store).counts == {}
 
 
-# Not run here: no method learns from data (see tests/tasks/test_concept_fit.py), no metric reads the truth (see
-# tests/tasks/test_truth_files.py).
-@pytest.mark.parametrize("name", [name for name in STAGES if name not in ("fit", "truth")])
-def test_new_code_of_a_stage_reruns_it_and_what_reads_it(
-    run_chain: Chain, place: Place, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    version = STAGES[name].version
-    monkeypatch.setitem(STAGES, name, replace(STAGES[name], version=version + 1))
-    planned = Planner(Study(StudyConfig.model_validate(place.config), open_store(place.store))).all()
-    reasons = {one.detail for one in planned if one.unit.stage == name}
-    assert reasons == {f"version: {version} -> {version + 1}"}
-    assert {one.reason for one in planned if one.unit.stage == name} == {"code"}
-    assert run_chain(place.config, place.store).counts == AFTER_CODE[name]
-
-
+NOT_RUN = ("fit", "truth", "concept_graph", "cafe")
 AFTER_CODE = {
     # The images are what they were: nothing else reads how they were listed.
     "manifest": {"manifest": 2, "report": 1},
@@ -259,6 +251,21 @@ AFTER_CODE = {
     "metrics": {"metrics": 4, "report": 1},
     "report": {"report": 1},
 }
+
+
+# Not run here: no method learns from data (see tests/tasks/test_concept_fit.py), no metric reads the truth (see
+# tests/tasks/test_truth_files.py), no graph is made, no latent explained (see tests/tasks/test_concept_graph.py).
+@pytest.mark.parametrize("name", [name for name in STAGES if name not in NOT_RUN])
+def test_new_code_of_a_stage_reruns_it_and_what_reads_it(
+    run_chain: Chain, place: Place, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = STAGES[name].version
+    monkeypatch.setitem(STAGES, name, replace(STAGES[name], version=version + 1))
+    planned = Planner(Study(StudyConfig.model_validate(place.config), open_store(place.store))).all()
+    reasons = {one.detail for one in planned if one.unit.stage == name}
+    assert reasons == {f"version: {version} -> {version + 1}"}
+    assert {one.reason for one in planned if one.unit.stage == name} == {"code"}
+    assert run_chain(place.config, place.store).counts == AFTER_CODE[name]
 
 
 def test_the_matrix_changes_every_key_of_the_config() -> None:

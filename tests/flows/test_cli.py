@@ -45,7 +45,7 @@ def test_a_run_completes_and_says_where_its_report_is(
     assert "leaderboard" in first.stdout
     report = place / next(line.split()[-1] for line in first.stdout.splitlines() if line.startswith("report"))
     assert report.read_text().lstrip().startswith("<!")
-    assert executions(first.stderr) == 32
+    assert executions(first.stderr) == 33
 
 
 def test_progress_is_lines_of_plain_text_where_nobody_watches(first: subprocess.CompletedProcess[str]) -> None:
@@ -184,12 +184,12 @@ def test_plan_tells_what_would_run_and_why(answers: dict[str, subprocess.Complet
     assert "nothing to do" in answers["plan"].stdout
     changed = answers["plan of a change"].stdout
     assert "config.k: 4 -> 2" in changed
-    assert "16 of 32 units would run" in changed
+    assert "16 of 33 units would run" in changed
 
 
 def test_status_and_verify_count_what_is_committed(answers: dict[str, subprocess.CompletedProcess[str]]) -> None:
     assert "complete" in answers["status"].stdout
-    assert "32/32" in answers["status"].stdout
+    assert "33/33" in answers["status"].stdout
     assert_matches(r"^\d+ objects are whole \(5\.\d MB\)$", answers["verify"].stdout)
 
 

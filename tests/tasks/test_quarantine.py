@@ -410,6 +410,7 @@ def test_a_study_of_bad_pictures_alone_ends_with_a_report(kind: str, tmp_path: P
     if kind == "one_left":
         write_picture(folder / "a" / "good.png", 50)
     document = study_of(folder, parts={"parser": "grid", "k": 4}, run={"shard_size": 2})
+    document["concepts"] = {**document["concepts"], "class_token": False}
     found = conducted(document, tmp_path / "store", SerialExecutor())
     assert found.quarantined == 4
     reconcile(found)

@@ -62,4 +62,5 @@ def test_photographs_are_recognised_and_explained(
     assert parts["n"] >= 2 * 8
     assert parts["low"] >= 0
     (concepts,) = ran.sql("select count(*) as n from concepts")
-    assert concepts["n"] == 2
+    # A quarter of the vectors: one an image, and a class token where there is one.
+    assert concepts["n"] == (4 if "deit" in name else 2)

@@ -10,8 +10,9 @@ from xai_core.errors import UsageError
 from xai_core.models import Classifier
 from xai_core.registry import BOTH, Entry, Family, Registry, build_options
 
-#: Which of these fits a model is what ``auto`` means (iERF, section III-D: SRD for CNNs, AttnLRP for ViTs).
-AUTO = ("srd", "attn_lrp")
+#: The first of these that fits a model is what ``auto`` means: SRD for CNNs and AttnLRP for ViTs (iERF, section
+#: III-D), and gradients, which fit every model, where neither has rules for what it computes.
+AUTO = ("srd", "attn_lrp", "gradient")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ attributors: Registry[AttributorEntry] = Registry("attributor", AttributorEntry)
 
 
 def choose(model: Classifier, attributor: str, options: Any) -> tuple[AttributorEntry, Any]:
-    """The attributor of that name, or for ``auto`` the one that the paper uses on such a model, and its options.
+    """The attributor of that name, or for ``auto`` the first of :data:`AUTO` that fits, and its options.
 
     Raises:
         UsageError: an unknown name or option, or a model that the attributor does not fit.
@@ -60,12 +61,4 @@ def misfit(entry: AttributorEntry, model: Classifier, options: Any) -> str | Non
 
 def _automatic(model: Classifier) -> AttributorEntry:
     entries = [attributors.get(name) for name in AUTO]
-    reasons = {entry.name: misfit(entry, model, entry.options()) for entry in entries}
-    for entry in entries:
-        if reasons[entry.name] is None:
-            return entry
-    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise UsageError(
-        f"attributor 'auto': expected a model that {' or '.join(AUTO)} fits, got {model.spec.name} ({why}); name "
-        "another, such as 'integrated_gradients'"
-    )
+    return next(entry for entry in entries if misfit(entry, model, entry.options()) is None)
