@@ -85,7 +85,8 @@ def test_an_interrupt_and_a_kill_lose_no_shard_and_leave_no_process(place: Path,
 
 
 def test_a_second_writer_is_refused_while_a_run_goes_on(tmp_path: Path, prefect_api: str) -> None:
-    write_config(tmp_path / "slow.yaml", SLOW)
+    # So many that it still goes on once four commands have started, however slow their imports are.
+    write_config(tmp_path / "slow.yaml", config_with(SLOW, dataset={"images": 300}))
     log = tmp_path / "run.log"
     process = start("run", "slow.yaml", "--store", "store", cwd=tmp_path, log=log, server=True)
     try:
