@@ -139,9 +139,8 @@ def _explain(model: Classifier, config: StudyConfig, image: torch.Tensor, target
     results = {
         choice.id: _one_method(model, choice, image, chosen, parts, config.run) for choice in config.methods
     }
-    shown = model.denormalise(image)[0].permute(1, 2, 0).cpu().numpy()
     return Explanation(
-        picture=(shown * 255).round().astype(np.uint8),
+        picture=model.as_pictures(image)[0],
         classes=[(names[index], float(value)) for value, index in zip(*top, strict=True)],
         target=names[chosen],
         parts=parts[0].cpu().numpy(),

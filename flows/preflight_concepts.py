@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 
 from tasks.concept_config import ConceptsConfig
@@ -29,12 +32,12 @@ def check_graph(model: Classifier, concepts: ConceptsConfig) -> None:
     """
     graph = concepts.graph_or_default
     image = probe_image(model).detach()
-    dictionaries = {layer: _tiny(model, image, layer) for layer in concepts.layers}
+    dictionaries = _tiny(model, image, concepts.layers)
     classes = torch.zeros(1, 1, dtype=torch.int64, device=image.device)
     concept_graph(model, image, classes, concepts.layers, dictionaries, options=graph.options())
     if graph.compare and len(concepts.layers) < 2:
         raise UsageError("compare: edges are tested between layers: name two under concepts.layers, or none here")
-    for source, target in zip(concepts.layers, concepts.layers[1:], strict=False):
+    for source, target in pairwise(concepts.layers):
         if graph.compare:
             compared = {choice.name: choice.options for choice in graph.compare}
             interlayer_curves(model, image, source, target, dictionaries, compared, targets=1, steps=1)
@@ -62,10 +65,13 @@ def check_cafe(model: Classifier, concepts: ConceptsConfig) -> None:
                 raise UsageError(f"pooling: expected a layer with a class token, got {layer}; use max or sum")
 
 
-def _tiny(model: Classifier, image: torch.Tensor, layer: str) -> Dictionary:
-    """Two vectors of the layer itself, so that its codes are not all zero."""
-    with torch.no_grad(), captured(model, [layer]) as outputs:
+def _tiny(model: Classifier, image: torch.Tensor, layers: Sequence[str]) -> dict[str, Dictionary]:
+    """Two vectors of each layer itself, so that its codes are not all zero."""
+    with torch.no_grad(), captured(model, layers) as outputs:
         model(image)
-    vectors = to_vectors(model, outputs[layer], layer)[0]
-    longest = vectors.norm(dim=1).topk(ATOMS).indices
-    return Dictionary(atoms=vectors[longest].float(), sizes=torch.ones(ATOMS, dtype=torch.int64))
+    found = {}
+    for layer in layers:
+        vectors = to_vectors(model, outputs[layer], layer)[0]
+        longest = vectors.norm(dim=1).topk(ATOMS).indices
+        found[layer] = Dictionary(atoms=vectors[longest].float(), sizes=torch.ones(ATOMS, dtype=torch.int64))
+    return found

@@ -11,8 +11,8 @@ from torch import Tensor
 from storage.schema import rows_to_table
 from tasks.chosen_pictures import listed_rows, read_inputs
 from tasks.config import options_of
-from tasks.dictionary import SEPARATOR, variants
-from tasks.dictionary_file import read_dictionary
+from tasks.dictionary import variants
+from tasks.dictionary_file import SEPARATOR, committed_dictionary
 from tasks.stage import Context, Outcome, Stage
 from tasks.study import Study
 from tasks.worker import study_classifier
@@ -37,11 +37,9 @@ def run(context: Context) -> Outcome:
     """Rows of ``cafe``: each chosen latent on its strongest images, by attributor and by activation alone."""
     variant = context.work.unit.variant
     layer, extractor = variant.split(SEPARATOR)
-    record = context.record("dictionary", variant, 0)
-    if "dictionary" not in record.facts["files"]:
+    dictionary = committed_dictionary(context, layer, extractor)
+    if dictionary is None:
         return Outcome(0, 0)
-    path = context.store.read_file(record, "dictionary")
-    dictionary = read_dictionary(path, layer=layer, weights=context.work.ingredients["model"]["weights"])
     rows = [
         row
         for images, pairs in _batches(context, _pairs(context, variant))

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storage.canonical import digest_bytes
-from storage.sources import decode_image
 from tasks.quarantine import IMAGE_ERRORS
-from tasks.sources import open_source
+from tasks.sources import open_source, read_listed
 from tasks.stage import Context
 from tasks.worker import study_classifier
 
@@ -44,9 +42,7 @@ def _pictures(context: Context, rows: Sequence[Row]) -> Iterator[tuple[Any, Row]
     source = open_source(context.config.dataset)
     for row in rows:
         try:
-            content = source.read(row["path"])
-            # What changed since is set aside by the stages that treat every image.
-            if digest_bytes(content) == row["sha256"]:
-                yield decode_image(content), row
+            yield read_listed(source, row["path"], row["sha256"]), row
         except IMAGE_ERRORS:
+            # What changed since is set aside by the stages that treat every image.
             continue

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tasks.choices import (
     AttributorChoice,
@@ -49,6 +49,15 @@ class ExemplarsConfig(Frozen):
     distinct_images: bool = True
 
 
+def _one_of_each(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
+    """Refuses two of one name: their results stand under the name, side by side, and one would hide the other."""
+    names = [choice.name for choice in choices]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"expected each once, got {', '.join(twice)} with several options; keep one of them")
+    return choices
+
+
 class GraphConfig(Frozen):
     """The interlayer concept graph: of which images, by which dictionaries, and with which attributions.
 
@@ -64,7 +73,7 @@ class GraphConfig(Frozen):
     edges: CoefficientAttributionChoice = Field(default="integrated_gradients", validate_default=True)
     nodes: CoefficientAttributionChoice = Field(default="integrated_gradients", validate_default=True)
     penalty: float = Field(default=LASSO_PENALTY, gt=0)
-    compare: tuple[CoefficientAttributionChoice, ...] = ()
+    compare: Annotated[tuple[CoefficientAttributionChoice, ...], AfterValidator(_one_of_each)] = ()
     compared_children: int = Field(default=3, ge=1)
     insertion_steps: int = Field(default=STEPS, ge=1)
 
@@ -93,7 +102,7 @@ class CafeConfig(Frozen):
 
     latents: int = Field(default=16, ge=1)
     images: int = Field(default=3, ge=1)
-    attributors: tuple[LatentAttributorChoice, ...] = Field(
+    attributors: Annotated[tuple[LatentAttributorChoice, ...], AfterValidator(_one_of_each)] = Field(
         default=("integrated_gradients", "gradient", "kernel_shap"), validate_default=True
     )
     pooling: Literal["max", "sum", "class_token"] = "max"

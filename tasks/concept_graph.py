@@ -11,8 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from storage.schema import rows_to_table
-from tasks.dictionary import SEPARATOR
-from tasks.dictionary_file import read_dictionary
+from tasks.dictionary_file import SEPARATOR, committed_dictionary
 from tasks.stage import Context, Outcome, Stage
 from tasks.targets import predicted_pictures, read_targets
 from tasks.worker import study_classifier
@@ -26,6 +25,7 @@ from xai_core.concepts.graph import (
     interlayer_curves,
 )
 from xai_core.concepts.graph.curves import UNDEFINED
+from xai_core.errors import NotFinite
 from xai_core.precision import precision_context
 
 Rows = dict[str, list[Any]]
@@ -86,6 +86,8 @@ class _Measure:
             options=self._config.options(),
             batch_size=self._batch_size,
         )
+        if not bool(graph.finite.all()):
+            raise NotFinite("the importance of a concept, or an edge, is NaN or infinite")
         return _Found(graph, {pair: self._curves(graph, images, *pair) for pair in self._tested})
 
     @property
@@ -116,12 +118,11 @@ def read_dictionaries(context: Context, extractor: str) -> dict[str, Dictionary]
     """
     found = {}
     for layer in context.config.concepts.layers:
-        record = context.record("dictionary", f"{layer}{SEPARATOR}{extractor}", 0)
-        if "dictionary" not in record.facts["files"]:
+        dictionary = committed_dictionary(context, layer, extractor)
+        if dictionary is None:
             return None
-        path = context.store.read_file(record, "dictionary")
-        found[layer] = read_dictionary(path, layer=layer, weights=context.work.ingredients["model"]["weights"])
-    return {layer: dictionary.to(context.device) for layer, dictionary in found.items()}
+        found[layer] = dictionary
+    return found
 
 
 def _write(context: Context, batches: list[_Found], image_ids: np.ndarray) -> None:

@@ -15,8 +15,7 @@ from storage.results import Results
 from storage.store import Store
 from tasks.concept_config import GraphConfig
 from tasks.config import StudyConfig
-from tasks.dictionary import SEPARATOR
-from tasks.dictionary_file import read_dictionary
+from tasks.dictionary_file import SEPARATOR, read_dictionary
 from tasks.predict import names_of_classes
 from tasks.study import labels_are_classes, model_facts
 from tasks.worker import classifier
@@ -199,13 +198,13 @@ def diagnose(
         goal = torch.tensor([classes[-1] if towards is None else towards], device=model.device)
         moved = fgsm(model, image, goal, epsilon=epsilon)
         comparison = compare(model, image, moved, *of, options=options, batch_size=size)
-        shown = _shown(model, moved)
+        shown = model.as_pictures(moved)[0]
         routes = strongest_routes(comparison.after)
         attack = Attack(epsilon, shown, _top(studied, moved), comparison, routes)
     return Diagnosis(
         studied,
         tuple(classes),
-        _shown(model, image),
+        model.as_pictures(image)[0],
         _top(studied, image),
         graph,
         strongest_routes(graph),
@@ -218,8 +217,3 @@ def _top(studied: Studied, image: Tensor) -> list[tuple[str, float]]:
         probabilities = studied.model(image).float().softmax(dim=1)[0]
     best = probabilities.topk(min(TOP, len(probabilities)))
     return [(studied.class_names[index], value) for value, index in zip(*map(Tensor.tolist, best), strict=True)]
-
-
-def _shown(model: Classifier, image: Tensor) -> np.ndarray:
-    shown = model.denormalise(image)[0].permute(1, 2, 0)
-    return (shown * 255).round().to(torch.uint8).cpu().numpy()

@@ -12,10 +12,10 @@ from storage.schema import rows_to_table
 from tasks.concept_graph import edge_rows, joined, score_rows
 from tasks.diagnosis import Diagnosis
 from tasks.pages import template
-from tasks.report_concept_data import read_exemplars
-from tasks.report_concept_graph import GraphRequest
-from tasks.report_concepts import ConceptTables, concept_section, shown_concepts
-from tasks.report_tiles import data_uri
+from tasks.report.concept_data import read_exemplars
+from tasks.report.concept_graph import GraphRequest
+from tasks.report.concepts import ConceptTables, concept_section, shown_concepts
+from tasks.report.tiles import data_uri
 from xai_core.concepts.graph import ConceptGraph
 
 # Under which numbers the graphs of the picture, and of the attacked one, stand in the rows of the page.

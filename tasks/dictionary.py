@@ -12,15 +12,13 @@ import torch
 from storage.schema import rows_to_table
 from tasks.checkpoint import Checkpoint
 from tasks.config import Choice, options_of
-from tasks.dictionary_file import dictionary_bytes
+from tasks.dictionary_file import SEPARATOR, dictionary_bytes
 from tasks.stage import Context, Outcome, Stage
 from tasks.study import Study
 from tasks.vector_stream import VectorStream, chosen_vectors, sampled_vectors
 from xai_core.concepts import Dictionary, Evaluation, evaluate, fit_dictionary
 from xai_core.concepts.sae import VARIANTS, LogRow, Training
 from xai_core.registry import extractors
-
-SEPARATOR = " / "
 
 # A dictionary needs at least two vectors; fewer are left where (nearly) every image was set aside.
 FEWEST_VECTORS = 2

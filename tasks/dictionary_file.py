@@ -8,10 +8,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from tasks.stage import Context
 from xai_core.concepts import Dictionary
 from xai_core.errors import UsageError
 
 _ABOUT = "concepts"
+
+#: Between layer and extractor in the variant of a unit that is about a dictionary.
+SEPARATOR = " / "
 
 
 def dictionary_bytes(dictionary: Dictionary, *, layer: str, extractor: str, weights: str) -> bytes:
@@ -57,6 +61,20 @@ def read_dictionary(path: Path, *, layer: str, weights: str) -> Dictionary:
         extractor=facts["name"],
         zero_vectors=int(facts["zero_vectors"]),
     )
+
+
+def committed_dictionary(context: Context, layer: str, extractor: str) -> Dictionary | None:
+    """A dictionary of the run on the context's device; None where too few vectors were sampled to fit one.
+
+    Raises:
+        UsageError: it is of another layer or of another model.
+    """
+    record = context.record("dictionary", f"{layer}{SEPARATOR}{extractor}", 0)
+    if "dictionary" not in record.facts["files"]:
+        return None
+    path = context.store.read_file(record, "dictionary")
+    weights = context.work.ingredients["model"]["weights"]
+    return read_dictionary(path, layer=layer, weights=weights).to(context.device)
 
 
 def _refusal(path: Path, expected: str, found: str) -> UsageError:

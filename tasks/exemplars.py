@@ -9,8 +9,8 @@ import torch
 
 from storage.commits import Unit
 from storage.schema import rows_to_table
-from tasks.dictionary import SEPARATOR, variants
-from tasks.dictionary_file import read_dictionary
+from tasks.dictionary import variants
+from tasks.dictionary_file import SEPARATOR, committed_dictionary
 from tasks.stage import Context, Outcome, Stage
 from xai_core.concepts.cafe import Exemplars, ExemplarSearch
 
@@ -20,13 +20,10 @@ def run(context: Context) -> Outcome:
 
     The vectors are read shard by shard: memory does not grow with their number.
     """
-    variant = context.work.unit.variant
-    layer, _ = variant.split(SEPARATOR)
-    record = context.record("dictionary", variant, 0)
-    if "dictionary" not in record.facts["files"]:
+    layer, extractor = context.work.unit.variant.split(SEPARATOR)
+    dictionary = committed_dictionary(context, layer, extractor)
+    if dictionary is None:
         return Outcome(0, 0)
-    path = context.store.read_file(record, "dictionary")
-    dictionary = read_dictionary(path, layer=layer, weights=context.work.ingredients["model"]["weights"])
     wanted = context.config.concepts.exemplars
     search = ExemplarSearch(dictionary, wanted.count, distinct_images=wanted.distinct_images)
     for unit, images, rows in _shards(context):

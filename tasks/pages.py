@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-from tasks.report_truth import signed
+from tasks.report.truth import signed
 
 TEMPLATES = Path(__file__).parent / "templates"
 

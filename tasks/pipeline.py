@@ -14,9 +14,9 @@ from tasks import (
     parts,
     pfv,
     predict,
-    report,
     truth,
 )
+from tasks.report import stage as report_stage
 from tasks.stage import Stage
 
 STAGES: dict[str, Stage] = {
@@ -34,6 +34,6 @@ STAGES: dict[str, Stage] = {
         concept_fit,
         attribute,
         metrics,
-        report,
+        report_stage,
     )
 }

@@ -7,7 +7,12 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from storage.sources import FolderSource, ImageItem, ImageSource, ParquetSource
+import PIL.Image
+from PIL.Image import Image
+
+from storage.canonical import digest_bytes
+from storage.errors import SourceError
+from storage.sources import FolderSource, ImageItem, ImageSource, ParquetSource, decode_image
 from tasks.config import DatasetConfig
 
 
@@ -35,13 +40,11 @@ class DemoSource:
 
     def read(self, reference: str) -> bytes:
         """The picture as PNG."""
-        from PIL import Image
-
         from xai_core.synthetic import render
 
         _, seed, index = reference.split("/")
         stream = io.BytesIO()
-        Image.fromarray(render(int(seed), int(index)).image).save(stream, "PNG", compress_level=1)
+        PIL.Image.fromarray(render(int(seed), int(index)).image).save(stream, "PNG", compress_level=1)
         return stream.getvalue()
 
 
@@ -54,6 +57,18 @@ SOURCES: dict[str, Callable[[DatasetConfig], ImageSource]] = {
     "folder": _folder,
     "parquet": lambda config: ParquetSource(Path(str(config.path))),
 }
+
+
+def read_listed(source: ImageSource, path: str, sha256: str) -> Image:
+    """A picture of a source, if it is still the one that was listed.
+
+    Raises:
+        SourceError: it changed, or is no picture any more; OSError: it cannot be read.
+    """
+    content = source.read(path)
+    if digest_bytes(content) != sha256:
+        raise SourceError("the image changed after it was listed; run again to take the new one")
+    return decode_image(content)
 
 
 @lru_cache(maxsize=2)

@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from storage.files import publish
+from storage.listing import build_listing
 from storage.sources import decode_image
 from tasks.config import DatasetConfig, Frozen, ModelConfig
 from tasks.sources import open_source
@@ -33,7 +35,7 @@ class ClassifierTraining(Frozen):
     training: Recipe = Field(default_factory=Recipe)
 
     @model_validator(mode="after")
-    def _orders_mean_nothing(self) -> ClassifierTraining:
+    def _without_masks(self) -> ClassifierTraining:
         for key in ("dataset", "test"):
             config = getattr(self, key)
             if config is not None and config.masks is not None:
@@ -78,21 +80,26 @@ def run_training(config: ClassifierTraining, output: Path, device: str, tell: Te
 
 
 def _pictures(dataset: DatasetConfig, model: Classifier, tell: Tell) -> tuple[Tensor, Tensor]:
-    """All pictures of a data set as bytes ``[N, 3, H, W]`` through the model's own geometry, and their labels."""
+    """A data set's pictures as bytes ``[N, 3, H, W]`` through the model's own geometry, and their labels.
+
+    They are those that a study of the data set would take: in its order, up to its limit.
+    """
     source = open_source(dataset)
-    items = list(source.items())[: dataset.limit]
-    wrong = [item for item in items if item.label is None or not 0 <= item.label < model.num_classes]
+    with TemporaryDirectory() as folder:
+        listing = build_listing(source, Path(folder), dataset.order_seed)
+        items = listing.slice(0, dataset.limit or listing.rows)
+    wrong = [item for item in items if item["label"] is None or not 0 <= item["label"] < model.num_classes]
     if wrong or not items:
-        got = f"{wrong[0].label} for {wrong[0].reference}" if wrong else "no pictures"
+        got = f"{wrong[0]['label']} for {wrong[0]['reference']}" if wrong else "no pictures"
         raise UsageError(
             f"dataset: expected pictures with labels from 0 to {model.num_classes - 1}, got {got}; set "
             "num_classes in model.create_args"
         )
     pictures = torch.empty(len(items), 3, *model.input_size, dtype=torch.uint8)
     for position, item in enumerate(items):
-        image = model.preprocess(decode_image(source.read(item.reference)))
-        pictures[position] = (model.denormalise(image.unsqueeze(0))[0] * 255).round().to(torch.uint8)
+        image = model.preprocess(decode_image(source.read(item["reference"])))
+        pictures[position] = torch.from_numpy(model.as_pictures(image.unsqueeze(0))[0]).permute(2, 0, 1)
         if (position + 1) % 1000 == 0 or position + 1 == len(items):
             tell("reading", position + 1, len(items), "")
-    labels = torch.tensor([item.label for item in items])
+    labels = torch.tensor([item["label"] for item in items])
     return pictures.to(model.device), labels.to(model.device)

@@ -11,12 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.canonical import digest_bytes, digest_json
-from storage.errors import SourceError
-from storage.sources import decode_image
+from storage.canonical import digest_json
 from tasks.config import ModelConfig
 from tasks.quarantine import IMAGE_ERRORS, set_aside
-from tasks.sources import open_source
+from tasks.sources import open_source, read_listed
 from tasks.stage import Bad, Context
 from xai_core.errors import UsageError
 from xai_core.models import Classifier, load_classifier
@@ -119,9 +117,7 @@ def _decode(context: Context, model: Classifier) -> Pictures:
     good, inputs, bad = [], [], []
     for row in rows:
         try:
-            content = source.read(row["path"])
-            _refuse_changed(content, row["sha256"])
-            inputs.append(model.preprocess(decode_image(content)))
+            inputs.append(model.preprocess(read_listed(source, row["path"], row["sha256"])))
             good.append(row)
         except IMAGE_ERRORS as error:
             bad.append(set_aside(row["image_id"], row["path"], error))
@@ -135,8 +131,3 @@ def _decode(context: Context, model: Classifier) -> Pictures:
         inputs=(torch.stack(inputs) if inputs else torch.zeros(size)).to(context.device),
         bad=tuple(bad),
     )
-
-
-def _refuse_changed(content: bytes, expected: str) -> None:
-    if digest_bytes(content) != expected:
-        raise SourceError("the image changed after it was listed; run again to take the new one")

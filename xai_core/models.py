@@ -177,6 +177,11 @@ class Classifier:
         """Model inputs back to pictures in [0, 1]."""
         return (images * self._statistic("std", images) + self._statistic("mean", images)).clamp(0, 1)
 
+    def as_pictures(self, images: Tensor) -> np.ndarray:
+        """Model inputs ``[B, 3, H, W]`` as pictures to look at, uint8 ``[B, H, W, 3]``."""
+        shown = self.denormalise(images).permute(0, 2, 3, 1)
+        return (shown * 255).round().to(torch.uint8).cpu().numpy()
+
     def _statistic(self, name: str, like: Tensor) -> Tensor:
         return torch.tensor(self.data_config[name], device=like.device, dtype=like.dtype).view(1, -1, 1, 1)
 

@@ -85,6 +85,11 @@ def test_what_cannot_be_made_is_refused(
         ({"graph": {"extractors": ["sae"]}}, "graph.extractors: expected ids of concepts.extractors"),
         ({"graph": {"nodes": "kernel_shap"}}, "needs more coalitions than concepts"),
         ({"graph": {"edges": "lime"}}, "unknown attribution of coefficients 'lime'"),
+        (
+            {"graph": {"compare": ["lrp", {"name": "integrated_gradients", "steps": 4}, "integrated_gradients"]}},
+            "(?s)compare.*expected each once, got integrated_gradients",
+        ),
+        ({"cafe": {"attributors": ["gradient", "gradient"]}}, "(?s)attributors.*expected each once, got gradient"),
     ],
 )
 def test_configs_that_mean_nothing_are_refused(concepts: dict[str, Any], told: str) -> None:

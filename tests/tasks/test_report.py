@@ -23,11 +23,11 @@ from tasks.execute import execute
 from tasks.leaderboard import Standing, best, leaderboard, leaderboard_markdown
 from tasks.pipeline import STAGES
 from tasks.plan import Planner, to_run
-from tasks.report import render
-from tasks.report_curves import GRID, mean_curves
-from tasks.report_data import Committed
-from tasks.report_gallery import Chosen, choose
-from tasks.report_leaderboard import verdict
+from tasks.report.curves import GRID, mean_curves
+from tasks.report.data import Committed
+from tasks.report.gallery import Chosen, choose
+from tasks.report.leaderboard import verdict
+from tasks.report.stage import render
 from tasks.stage import Context
 from tasks.study import Study
 

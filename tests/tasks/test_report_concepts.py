@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tasks.report_concept_areas import Measure, area_tables
-from tasks.report_concept_charts import InsertionCurves, curves_of, insertion_charts, training_charts
-from tasks.report_concept_graph import SHARED, Graph, GraphRequest, concept_graph
-from tasks.report_concept_rows import as_table, dictionary_qualities, ranked_concepts, strongest
-from tasks.report_concept_sheets import anchor_of, cards_of, exemplars_of
-from tasks.report_concepts import ConceptSection, ConceptTables, concept_section, render_concepts, shown_concepts
+from tasks.report.concept_areas import Measure, area_tables
+from tasks.report.concept_charts import InsertionCurves, curves_of, insertion_charts, training_charts
+from tasks.report.concept_graph import SHARED, Graph, GraphRequest, concept_graph
+from tasks.report.concept_rows import as_table, dictionary_qualities, ranked_concepts, strongest
+from tasks.report.concept_sheets import anchor_of, cards_of, exemplars_of
+from tasks.report.concepts import ConceptSection, ConceptTables, concept_section, render_concepts, shown_concepts
 from xai_core.errors import UsageError
 
 HOSTILE = '<b>x & "y"'

@@ -13,8 +13,8 @@ from storage.commits import Unit
 from storage.results import Results
 from storage.schema import rows_to_table
 from tasks.curve_kinds import GROUPS, INFORMATION, KINDS, RANDOMISED, REPLACED, UNKNOWN, kind_of, place_of
-from tasks.report_curves import GRID, MeanCurve, mean_curves
-from tasks.report_figures import Chart, curve_charts, in_groups, legend
+from tasks.report.curves import GRID, MeanCurve, mean_curves
+from tasks.report.figures import Chart, curve_charts, in_groups, legend
 from tests.conftest import TINY, config_with
 
 # Points (fraction, value) of one image.

@@ -10,9 +10,9 @@ import pytest
 from tasks.leaderboard import Standing, standings_of
 from tasks.measurements import Measurements
 from tasks.paired import Difference, Duel, paired_differences
-from tasks.report_leaderboard import leaderboard_columns
-from tasks.report_overview import overview
-from tasks.report_paired import claims, duel_rows, pair_table
+from tasks.report.leaderboard import leaderboard_columns
+from tasks.report.overview import overview
+from tasks.report.paired import claims, duel_rows, pair_table
 
 METHODS = ("first", "second", "third", "last")
 METRICS = ("insertion", "deletion", "gini", "entropy", "iou", "pointing_game")

@@ -14,7 +14,7 @@ import scipy.stats
 
 from storage.commits import Unit
 from tasks.measurements import Measurements
-from tasks.report_truth import Agreement, signed, truth_table
+from tasks.report.truth import Agreement, signed, truth_table
 from tests.conftest import TINY, Ran, config_with
 
 METHODS = ("one", "two", "three", "four")

@@ -38,10 +38,19 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained(folder: Path, output: Path, model: dict[str, Any] = MODEL, **training: Any) -> Trained:
-    data = {"kind": "folder", "path": str(folder)}
+def trained(
+    folder: Path,
+    output: Path,
+    model: dict[str, Any] = MODEL,
+    dataset: dict[str, Any] | None = None,
+    **training: Any,
+) -> Trained:
+    whole = {"kind": "folder", "path": str(folder)}
+    data = {**whole, **(dataset or {})}
     recipe = {"epochs": 6, "batch_size": 12, "learning_rate": 0.01, **training}
-    config = ClassifierTraining.model_validate({"dataset": data, "test": data, "model": model, "training": recipe})
+    config = ClassifierTraining.model_validate(
+        {"dataset": data, "test": whole, "model": model, "training": recipe}
+    )
     return run_training(config, output, "cpu", lambda *_: None)
 
 
@@ -59,6 +68,13 @@ def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(colours:
         for run, seed in enumerate((0, 0, 1))
     ]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_limit_takes_every_class_and_the_own_order_of_a_source_the_first(colours: Path, tmp_path: Path) -> None:
+    some = {"limit": 24}
+    assert trained(colours, tmp_path / "some.safetensors", dataset=some, epochs=20).test_accuracy == 1.0
+    first = {**some, "order_seed": None}
+    assert trained(colours, tmp_path / "first.safetensors", dataset=first, epochs=20).test_accuracy < 0.5
 
 
 def test_training_starts_from_the_models_weights(colours: Path, tmp_path: Path) -> None:

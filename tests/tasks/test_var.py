@@ -18,8 +18,8 @@ from storage.store import Store
 from tasks.config import StudyConfig, options_of
 from tasks.pipeline import STAGES
 from tasks.plan import Planner, to_run
-from tasks.report import render
-from tasks.report_contests import claimed
+from tasks.report.contests import claimed
+from tasks.report.stage import render
 from tasks.sources import open_source
 from tasks.stage import Context
 from tasks.study import Study

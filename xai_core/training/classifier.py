@@ -19,7 +19,7 @@ Precision = Literal["fp32", "bf16"]
 class Recipe:
     """How long and how fast is learnt; ``shift``: pixels that a picture moves at most; ``seed`` draws it all.
 
-    ``precision``: that of the passes; ``bf16`` is several times as fast where the hardware multiplies in it.
+    ``precision``: that of the passes; ``bf16`` multiplies in bfloat16, which pays where the hardware can.
     """
 
     epochs: int = 10

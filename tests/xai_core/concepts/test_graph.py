@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import combinations
 from math import factorial
 
@@ -32,7 +33,7 @@ from xai_core.concepts.graph import (
 )
 from xai_core.concepts.graph.questions import unit
 from xai_core.concepts.vectors import to_vectors
-from xai_core.errors import UsageError
+from xai_core.errors import NotFinite, UsageError
 
 NAMES = ("cnn", "relu", "vit")
 QUERIES = torch.tensor([[4, 0, 7, 2], [1, 3, NO_CONCEPT, 5], [8, 6, 2, 0]])
@@ -400,6 +401,31 @@ def test_parameters_get_no_gradient_and_the_network_stays_as_it_is() -> None:
 # Bad input
 
 
+def test_vectors_that_are_no_numbers_are_an_images_trouble() -> None:
+    one = case("relu")
+    images, classes = images_and_classes()
+    images[1, 0, 3, 3] = torch.nan
+    with pytest.raises(NotFinite, match="layer 'layer1': expected finite vectors, got NaN or infinity in some"):
+        concept_graph(one.model, images, classes, one.layers, one.dictionaries)
+
+
+def test_a_graph_tells_which_images_have_a_number_everywhere() -> None:
+    found = _graph(case("relu"))
+    assert found.finite.all()
+    source, target = found.pairs[0]
+    broken = {**found.edges, (source, target): found.edges[source, target].clone()}
+    broken[source, target][1, 0, 0] = torch.nan
+    assert replace(found, edges=broken).finite.tolist() == [True, False, True]
+
+
+def test_an_image_with_many_players_is_given_the_coalitions_that_the_fit_needs() -> None:
+    one = case("relu")
+    few, enough = (_graph(one, edges="kernel_shap", edge_options={"samples": count}) for count in (2, 64))
+    for pair, weights in few.edges.items():
+        assert torch.equal(weights.isnan(), enough.edges[pair].isnan())
+        assert torch.allclose(weights.nan_to_num(0).sum(1), enough.edges[pair].nan_to_num(0).sum(1), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -413,7 +439,6 @@ def test_parameters_get_no_gradient_and_the_network_stays_as_it_is() -> None:
         ({"classes": torch.tensor([[0], [1], [9]])}, "classes: expected indices from 0 to 4"),
         ({"classes": torch.tensor([0, 1, 2])}, r"classes \[B, M\]"),
         ({"nodes": {"layer1": torch.zeros(3, 1).long()}}, "nodes: expected concepts .* for layer 'layer2'"),
-        ({"options": GraphOptions(edges="kernel_shap", edge_options={"samples": 2})}, "kernel_shap.samples"),
     ],
 )
 def test_what_no_graph_can_be_made_of_is_refused(change: dict, message: str) -> None:

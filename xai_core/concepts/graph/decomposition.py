@@ -11,7 +11,7 @@ from xai_core.arithmetic import wide
 from xai_core.concepts.coding import LASSO_PENALTY, encode
 from xai_core.concepts.dictionary import Dictionary
 from xai_core.concepts.vectors import to_vectors
-from xai_core.errors import UsageError
+from xai_core.errors import NotFinite, UsageError
 from xai_core.models import Classifier
 from xai_core.precision import full_precision
 
@@ -67,6 +67,7 @@ def decompose(
 
     Raises:
         UsageError: the output has no spatial positions, or the dictionary is of another width.
+        NotFinite: a vector of some image is NaN or infinite.
     """
     vectors = wide(to_vectors(model, activation.detach(), layer))
     if dictionary.atoms.shape[1] != vectors.shape[2]:
@@ -74,6 +75,8 @@ def decompose(
             f"layer {layer!r}: expected a dictionary of width {vectors.shape[2]} as the layer's vectors have, got "
             f"{dictionary.atoms.shape[1]}; use the one that was fitted on this layer of {model.spec.name}"
         )
+    if not bool(vectors.isfinite().all()):
+        raise NotFinite(f"layer {layer!r}: expected finite vectors, got NaN or infinity in some image")
     with torch.no_grad(), full_precision(vectors.device):
         codes = encode(dictionary, vectors.flatten(0, 1).float(), penalty=penalty)
     atoms = dictionary.atoms.to(vectors)

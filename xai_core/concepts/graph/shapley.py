@@ -19,7 +19,9 @@ from xai_core.precision import full_precision
 
 @dataclass(frozen=True)
 class ShapleyOptions:
-    """``samples``: the most coalitions of an image, none and all included; with 2^Q of them values are exact.
+    """``samples``: coalitions of an image, none and all included; with 2^Q of them values are exact.
+
+    An image with so many players that the fit needs more than these (2 Q + 2) is given what it needs.
 
     256 passes are about what integrated gradients cost with 10 steps and 20 targets. ``seed`` of the draw.
     """
@@ -43,9 +45,6 @@ def kernel_shap(question: Question, queries: Tensor | None, options: ShapleyOpti
 
     The values add up to S with all players less S without any. Every coalition's pass serves all targets, and
     images with equally many players share their coalitions and one least-squares map.
-
-    Raises:
-        UsageError: fewer samples than some image's players need.
     """
     source = question.source
     if queries is None:
@@ -67,12 +66,8 @@ def kernel_shap(question: Question, queries: Tensor | None, options: ShapleyOpti
 
 
 def _design(players: int, options: ShapleyOptions, device: torch.device) -> Design:
-    if options.samples < fewest_samples(players):
-        raise UsageError(
-            f"kernel_shap.samples: expected at least {fewest_samples(players)} for an image with {players} of the "
-            f"concepts asked about, got {options.samples}; raise it, or ask about fewer concepts"
-        )
-    coalitions, weights = weighted_coalitions(players, options.samples - 2, options.seed)
+    samples = max(options.samples, fewest_samples(players))
+    coalitions, weights = weighted_coalitions(players, samples - 2, options.seed)
     ends = torch.stack([torch.zeros(players), torch.ones(players)]).bool()
     operator = constrained_fit(coalitions, weights)
     return Design(torch.cat([ends, coalitions]).to(device), operator.to(device))

@@ -36,6 +36,19 @@ class ConceptGraph:
         """Neighbouring layers, from the input on; the last pair ends at the classifier."""
         return tuple(pairwise((*self.layers, CLASSIFIER)))
 
+    @property
+    def finite(self) -> Tensor:
+        """Which images have a number at every node and edge that exists, bool ``[B]``."""
+        found = torch.ones(len(self.classes), dtype=torch.bool, device=self.classes.device)
+        for (source, target), weights in self.edges.items():
+            nodes = self.nodes[source]
+            found &= (nodes.importance.isfinite().all(dim=2) | ~nodes.there).all(dim=1)
+            missing = ~nodes.there.unsqueeze(2)
+            if target != CLASSIFIER:
+                missing = missing | ~self.nodes[target].there.unsqueeze(1)
+            found &= (weights.isfinite() | missing).flatten(1).all(dim=1)
+        return found
+
     def map(self, function: Callable[[Tensor], Tensor]) -> ConceptGraph:
         """The graph with each tensor changed, as by ``lambda tensor: tensor[:1]``."""
         return replace(

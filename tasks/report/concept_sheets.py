@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tasks.report_concept_rows import ConceptKey, RankedConcept
-from tasks.report_tiles import JPEG_QUALITY, Tile
+from tasks.report.concept_rows import ConceptKey, RankedConcept
+from tasks.report.tiles import JPEG_QUALITY, Tile
 from xai_core.render.concept_sheet import Exemplars, concept_tiles
 
 # Of each concept on the page; a sheet of its own may show more.

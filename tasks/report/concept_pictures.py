@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
-from tasks.report_concept_graph import Graph, GraphRequest
-from tasks.report_concept_rows import ConceptKey
+from tasks.report.concept_graph import Graph, GraphRequest
+from tasks.report.concept_rows import ConceptKey
 from xai_core.render.graph_picture import graph_picture
 
 # Rows of the table that tells a graph's edges in numbers.

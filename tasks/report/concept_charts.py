@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.report_concept_rows import Z95
-from tasks.report_figures import MOST_BANDS, LegendEntry, legend
+from tasks.report.concept_rows import Z95
+from tasks.report.figures import MOST_BANDS, LegendEntry, band, layout, legend, rounded
 
 # A training log has a row for every few steps; a line of more points looks the same.
 MOST_POINTS = 300
@@ -174,15 +174,16 @@ def line_chart(
     from plotly import graph_objects
 
     look = {entry.method: entry for entry in entries}
-    figure = graph_objects.Figure(layout=_layout(x_title, y_title, span, share))
+    figure = graph_objects.Figure(layout=layout(x_title, y_title, span, share=share))
     for line in lines:
         entry = look[line.name]
         if line.margin is not None and len(lines) <= MOST_BANDS:
-            figure.add_trace(_band(line, entry.colour))
+            low, high = line.y - line.margin, line.y + line.margin
+            figure.add_trace(band(line.x, low, high, entry.colour))
         figure.add_trace(
             graph_objects.Scatter(
-                x=_rounded(line.x),
-                y=_rounded(line.y),
+                x=rounded(line.x),
+                y=rounded(line.y),
                 mode="lines",
                 line={"color": entry.colour, "width": 2.2, "dash": entry.dash},
                 # Plotly reads a few tags in names.
@@ -198,44 +199,3 @@ def line_chart(
 def _told(line: Line) -> str:
     known = line.y[np.isfinite(line.y)]
     return f"{line.name} from {known[0]:.3g} to {known[-1]:.3g}" if len(known) else f"{line.name} undefined"
-
-
-def _band(line: Line, colour: str) -> object:
-    from plotly import graph_objects
-
-    low, high = line.y - line.margin, line.y + line.margin
-    return graph_objects.Scatter(
-        x=[*_rounded(line.x), *_rounded(line.x[::-1])],
-        y=[*_rounded(high), *_rounded(low[::-1])],
-        fill="toself",
-        fillcolor=f"rgba({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))}, 0.16)",
-        line={"width": 0},
-        hoverinfo="skip",
-        showlegend=False,
-    )
-
-
-def _layout(x_title: str, y_title: str, span: tuple[float, float], share: bool) -> dict[str, object]:
-    axis = {"zeroline": False, "fixedrange": True, "ticks": "", "automargin": True}
-    x_axis = {"range": [0, 1], "tickformat": ".0%", "hoverformat": ".0%", "dtick": 0.2} if share else {"nticks": 6}
-    return {
-        "template": None,
-        "height": 300,
-        "margin": {"l": 8, "r": 24, "t": 8, "b": 8},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "hovermode": "x unified",
-        "font": {"family": "system-ui, sans-serif", "size": 12},
-        "xaxis": {**axis, **x_axis, "title": {"text": x_title, "standoff": 8}, "showgrid": False},
-        "yaxis": {
-            **axis,
-            "title": {"text": y_title, "standoff": 8},
-            "range": [round(end, 4) for end in span],
-            "nticks": 6,
-        },
-    }
-
-
-def _rounded(values: np.ndarray) -> list[float | None]:
-    """Four significant digits; a gap where there is no value."""
-    return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values]

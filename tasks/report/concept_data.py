@@ -10,19 +10,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage.canonical import digest_bytes
 from storage.errors import SourceError
 from storage.results import Results
-from storage.sources import decode_image
 from tasks.config import DatasetConfig
 from tasks.predict import class_names
-from tasks.report_concept_charts import curves_of
-from tasks.report_concept_graph import GraphRequest
-from tasks.report_concept_rows import ConceptKey
-from tasks.report_concept_sheets import exemplars_of
-from tasks.report_concepts import ConceptSection, ConceptTables, concept_section, shown_concepts
-from tasks.report_tiles import Rows
-from tasks.sources import open_source
+from tasks.report.concept_charts import curves_of
+from tasks.report.concept_graph import GraphRequest
+from tasks.report.concept_rows import ConceptKey
+from tasks.report.concept_sheets import exemplars_of
+from tasks.report.concepts import ConceptSection, ConceptTables, concept_section, shown_concepts
+from tasks.report.tiles import Rows
+from tasks.sources import open_source, read_listed
 from tasks.stage import Context
 from tasks.worker import study_classifier
 from xai_core.models import Classifier
@@ -99,10 +97,7 @@ class _Pictures:
 
     def _open(self, row: Mapping[str, Any]) -> np.ndarray | None:
         try:
-            content = self._source.read(row["path"])
-            if digest_bytes(content) != row["sha256"]:
-                return None
-            inputs = self._model.preprocess(decode_image(content))
+            inputs = self._model.preprocess(read_listed(self._source, row["path"], row["sha256"]))
         except (OSError, SourceError):
             return None
         return self._model.denormalise(inputs.unsqueeze(0))[0].numpy()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tasks.config import Choice, options_of
-from tasks.report_tiles import Rows, Tile, data_uri, map_tile, stored_map
+from tasks.report.tiles import Rows, Tile, data_uri, map_tile, stored_map
 from tasks.stage import Context
 from xai_core.registry import methods
 from xai_core.render import is_signed, share_overlay

@@ -9,15 +9,15 @@ import yaml
 from markupsafe import Markup
 
 from storage.commits import KEY_CHARACTERS
-from tasks import report_data
 from tasks.pages import template
-from tasks.report_concept_data import concepts_of_run
-from tasks.report_curves import mean_curves
-from tasks.report_data import Committed
-from tasks.report_figures import MOST_BANDS, curve_charts, in_groups, legend
-from tasks.report_gallery import gallery
-from tasks.report_leaderboard import board_of
-from tasks.report_truth import read_truth_table
+from tasks.report import data
+from tasks.report.concept_data import concepts_of_run
+from tasks.report.curves import mean_curves
+from tasks.report.data import Committed
+from tasks.report.figures import MOST_BANDS, curve_charts, in_groups, legend
+from tasks.report.gallery import gallery
+from tasks.report.leaderboard import board_of
+from tasks.report.truth import read_truth_table
 from tasks.stage import Context, Outcome, Stage
 from tasks.study import Study
 
@@ -35,8 +35,8 @@ def render(context: Context) -> str:
     entries = legend([choice.id for choice in context.config.methods])
     charts = curve_charts(mean_curves(committed.results), entries)
     cards, unreadable = gallery(context, committed.results)
-    set_aside, set_aside_rows, set_aside_images = report_data.quarantined(committed)
-    timings = report_data.timings(committed)
+    set_aside, set_aside_rows, set_aside_images = data.quarantined(committed)
+    timings = data.timings(committed)
     concepts = concepts_of_run(context, committed.results)
     return template("report.html.j2").render(
         config=context.config,
@@ -44,7 +44,7 @@ def render(context: Context) -> str:
         dataset=_dataset_name(context),
         run_id=context.work.facts["run_id"],
         run=committed.run,
-        counts=report_data.image_counts(committed),
+        counts=data.image_counts(committed),
         board=board_of(committed.results, [entry.method for entry in entries]),
         truth=read_truth_table(committed.results, [choice.id for choice in context.config.metrics]),
         legend=entries,
@@ -58,13 +58,13 @@ def render(context: Context) -> str:
         concepts=concepts,
         timings=timings,
         seconds=sum(row.seconds for row in timings),
-        keys=report_data.keys(committed),
+        keys=data.keys(committed),
         report_key=context.work.key[:KEY_CHARACTERS],
         quarantine=set_aside,
         quarantine_rows=set_aside_rows,
         quarantine_images=set_aside_images,
-        methods=report_data.method_facts(committed),
-        metrics=report_data.metric_facts(committed),
+        methods=data.method_facts(committed),
+        metrics=data.metric_facts(committed),
     )
 
 

@@ -11,11 +11,11 @@ import pyarrow as pa
 from markupsafe import Markup
 
 from tasks.pages import template
-from tasks.report_concept_areas import AreaTable, Measure, area_tables
-from tasks.report_concept_charts import ChartGroup, InsertionCurves, insertion_charts, training_charts
-from tasks.report_concept_graph import Graph, GraphRequest, concept_graph
-from tasks.report_concept_pictures import GraphCard, graph_card
-from tasks.report_concept_rows import (
+from tasks.report.concept_areas import AreaTable, Measure, area_tables
+from tasks.report.concept_charts import ChartGroup, InsertionCurves, insertion_charts, training_charts
+from tasks.report.concept_graph import Graph, GraphRequest, concept_graph
+from tasks.report.concept_pictures import GraphCard, graph_card
+from tasks.report.concept_rows import (
     ConceptKey,
     DictionaryQuality,
     RankedConcept,
@@ -25,7 +25,7 @@ from tasks.report_concept_rows import (
     ranked_concepts,
     strongest,
 )
-from tasks.report_concept_sheets import ConceptCard, cards_of, thumbnails
+from tasks.report.concept_sheets import ConceptCard, cards_of, thumbnails
 from xai_core.render.concept_sheet import Exemplars
 
 # Cards a layer, beside those that a graph leads to.
@@ -89,7 +89,7 @@ def concept_section(
     """Gathers the section from rows and arrays; what there are no rows of is left out.
 
     Args:
-        class_names: by class id; exemplars: see :func:`tasks.report_concept_sheets.exemplars_of`, for the
+        class_names: by class id; exemplars: see :func:`tasks.report.concept_sheets.exemplars_of`, for the
             concepts that :func:`shown_concepts` names; graphs: which to draw.
         curves: of concept insertion and deletion by attribution method.
 

@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 
 from tasks.curve_kinds import UNKNOWN, CurveGroup, CurveKind, kind_of
-from tasks.report_curves import GRID, MeanCurve
+from tasks.report.curves import GRID, MeanCurve
 
 # Okabe and Ito's palette, without its yellow, which is too pale on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6bd6", "#8c8c8c")
@@ -91,10 +91,12 @@ def _chart(
     from plotly import graph_objects
 
     kind = kind_of(name)
-    figure = graph_objects.Figure(layout=_layout(kind, span))
+    figure = graph_objects.Figure(layout=layout(kind.share, kind.value, span, share=True))
     for one in curves:
-        mean, band = _mean(one, line_of[one.method]), _band(one, line_of[one.method])
-        figure.add_traces([band, mean] if len(curves) <= MOST_BANDS else [mean])
+        mean = _mean(one, line_of[one.method])
+        low, high = (end[one.covered] for end in _ends(one))
+        shade = band(GRID[one.covered], low, high, line_of[one.method].colour)
+        figure.add_traces([shade, mean] if len(curves) <= MOST_BANDS else [mean])
     ends = "; ".join(f"{one.method} {_told(one.mean[one.covered])}" for one in curves)
     return Chart(
         kind,
@@ -111,16 +113,15 @@ def _told(mean: np.ndarray) -> str:
     return f"from {mean[0]:.2f} over {mean[len(mean) // 2]:.2f} half-way to {mean[-1]:.2f}"
 
 
-def _band(curve: MeanCurve, line: LegendEntry) -> object:
+def band(x: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str) -> object:
+    """The area between two lines as a Plotly trace, in a pale shade of a colour ``#rrggbb``."""
     from plotly import graph_objects
 
-    low, high = (end[curve.covered] for end in _ends(curve))
-    x = GRID[curve.covered]
     return graph_objects.Scatter(
-        x=[*_rounded(x), *_rounded(x[::-1])],
-        y=[*_rounded(high), *_rounded(low[::-1])],
+        x=[*rounded(x), *rounded(x[::-1])],
+        y=[*rounded(high), *rounded(low[::-1])],
         fill="toself",
-        fillcolor=f"rgba({', '.join(str(int(line.colour[i : i + 2], 16)) for i in (1, 3, 5))}, 0.16)",
+        fillcolor=f"rgba({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))}, 0.16)",
         line={"width": 0},
         hoverinfo="skip",
         showlegend=False,
@@ -131,8 +132,8 @@ def _mean(curve: MeanCurve, line: LegendEntry) -> object:
     from plotly import graph_objects
 
     return graph_objects.Scatter(
-        x=_rounded(GRID[curve.covered]),
-        y=_rounded(curve.mean[curve.covered]),
+        x=rounded(GRID[curve.covered]),
+        y=rounded(curve.mean[curve.covered]),
         mode="lines",
         line={"color": line.colour, "width": 2.2, "dash": line.dash},
         # Plotly reads a few tags in names: a method's id must stay text.
@@ -142,7 +143,9 @@ def _mean(curve: MeanCurve, line: LegendEntry) -> object:
     )
 
 
-def _layout(kind: CurveKind, span: tuple[float, float]) -> dict[str, object]:
+def layout(x_title: str, y_title: str, span: tuple[float, float], *, share: bool) -> dict[str, object]:
+    """What a chart looks like; ``span``: of the y axis; ``share``: x runs from 0 to 100 %."""
+    of_share = {"range": [0, 1], "tickformat": ".0%", "hoverformat": ".0%", "dtick": 0.2}
     axis = {"zeroline": False, "fixedrange": True, "ticks": "", "automargin": True}
     return {
         "template": None,
@@ -154,22 +157,19 @@ def _layout(kind: CurveKind, span: tuple[float, float]) -> dict[str, object]:
         "font": {"family": "system-ui, sans-serif", "size": 12},
         "xaxis": {
             **axis,
-            "title": {"text": kind.share, "standoff": 8},
-            "tickformat": ".0%",
-            "hoverformat": ".0%",
-            "range": [0, 1],
-            "dtick": 0.2,
+            **(of_share if share else {"nticks": 6}),
+            "title": {"text": x_title, "standoff": 8},
             "showgrid": False,
         },
         "yaxis": {
             **axis,
-            "title": {"text": kind.value, "standoff": 8},
+            "title": {"text": y_title, "standoff": 8},
             "range": [round(end, 4) for end in span],
             "nticks": 6,
-            "hoverformat": ".3f",
         },
     }
 
 
-def _rounded(values: np.ndarray) -> list[float]:
-    return [round(float(value), 4) for value in values]
+def rounded(values: np.ndarray) -> list[float | None]:
+    """Four significant digits; a gap where there is no value."""
+    return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values]

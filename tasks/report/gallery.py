@@ -9,17 +9,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
-from storage.canonical import digest_bytes
 from storage.errors import SourceError
 from storage.results import Results
-from storage.sources import decode_image
 from tasks.config import Choice
 from tasks.predict import class_names
-from tasks.report_contests import MOST_CLASSES, OTHER_TILES, Contest, contest_of, with_contests
-from tasks.report_tiles import Rows, Tile, data_uri, map_tile, stored_map
-from tasks.sources import open_source
+from tasks.report.contests import MOST_CLASSES, OTHER_TILES, Contest, contest_of, with_contests
+from tasks.report.tiles import Rows, Tile, data_uri, map_tile, stored_map
+from tasks.sources import open_source, read_listed
 from tasks.stage import Context
 from tasks.worker import study_classifier
 from xai_core.render import is_signed, part_map
@@ -140,14 +137,11 @@ def _read_picture(context: Context, image: Chosen) -> np.ndarray | None:
     """The picture as the model saw it, uint8 ``[H, W, 3]``; None where it is gone or has changed."""
     model = study_classifier(context)
     try:
-        content = open_source(context.config.dataset).read(image.path)
-        if digest_bytes(content) != image.sha256:
-            return None
-        inputs = model.preprocess(decode_image(content))
+        listed = read_listed(open_source(context.config.dataset), image.path, image.sha256)
+        inputs = model.preprocess(listed)
     except (OSError, SourceError):
         return None
-    shown = model.denormalise(inputs.unsqueeze(0))[0]
-    return (shown.permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
+    return model.as_pictures(inputs.unsqueeze(0))[0]
 
 
 def _subject(image: Chosen) -> str:

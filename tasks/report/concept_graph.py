@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.report_concept_rows import ConceptKey, RankedConcept, ranked_concepts, strongest
+from tasks.report.concept_rows import ConceptKey, RankedConcept, ranked_concepts, strongest
 from xai_core.errors import UsageError
 from xai_core.render.graph_layout import layer_order
 from xai_core.render.graph_parts import LAYERS, MOST_NODES, Edge, Node

@@ -11,8 +11,8 @@ from tasks.leaderboard import Gap, Standing, arrow, best, gaps, standings_of
 from tasks.measurements import measurements
 from tasks.metric_families import Family, by_family
 from tasks.paired import duels, paired_differences
-from tasks.report_overview import Overview, overview
-from tasks.report_paired import DuelRow, PairTable, claims, duel_rows, pair_table
+from tasks.report.overview import Overview, overview
+from tasks.report.paired import DuelRow, PairTable, claims, duel_rows, pair_table
 
 
 @dataclass(frozen=True)
