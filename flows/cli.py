@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from flows import commands, diagnose_command, maintenance, quarantine_command, sql_command, train_command
+from flows.pipes import silence_output
 
 app = typer.Typer(
     name="vitrine",
@@ -77,6 +78,13 @@ def exit_codes(*, resumable: bool = False) -> Iterator[None]:
     """Turns errors into exit codes: 2 for a request to mend, 1 for a failure, with the command that resumes."""
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        silence_output()
+        if resumable:
+            print("stopped: nobody reads its output; what was committed is kept", file=sys.stderr)
+            _print_resume(resumable)
+            raise typer.Exit(1) from None
     except commands.USAGE_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

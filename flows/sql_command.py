@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from flows.pipes import silence_output
 from storage.errors import QueryError
 from storage.files import publish
 from storage.sql_process import query_apart
@@ -133,8 +133,7 @@ def _standard_output() -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes again when it ends and would complain then: from here on nobody reads.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence_output()
 
 
 def _write_table(table: pa.Table, stream: BinaryIO) -> None:

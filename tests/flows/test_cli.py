@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import TINY, config_with, write_folder
-from tests.flows.command import call, commits, executions, parsed, vitrine, write_config
+from tests.flows.command import VITRINE, call, commits, executions, parsed, vitrine, write_config
 from xai_core.demo_models import weights_path
 from xai_core.synthetic import render
 
@@ -368,6 +368,15 @@ def test_bad_input_is_refused_before_any_work(
     assert found.stdout == ""
     store = folder / f"store-{list(BAD_INPUT).index(name)}"
     assert commits(store) == {}
+
+
+@pytest.mark.parametrize("listed", ["methods", "metrics"])
+def test_a_reader_that_stops_reading_is_no_failure(tmp_path: Path, listed: str) -> None:
+    command = f"{VITRINE} list {listed} --format json; echo $? >&2"
+    # The reader is gone before anything is printed.
+    piped = ["bash", "-c", f"({command}) | true"]
+    found = subprocess.run(piped, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+    assert found.stderr.split() == ["0"]
 
 
 def test_bad_input_ends_the_process_with_exit_code_2(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from distributed import Client, LocalCluster
 
-from flows.cluster import _refuse_missing_resources, executor, local_workers
+from flows.cluster import _closed, _refuse_missing_resources, executor, local_workers
 from flows.study import run_study
 from storage.errors import StoreError
 from storage.store import open_store
@@ -104,3 +104,29 @@ def test_a_store_that_another_process_made_unreadable_is_an_error(tmp_path: Path
     (tmp_path / "store" / "vitrine.json").write_text('{"format": 99}')
     with pytest.raises(StoreError, match="upgrade vitrine"):
         run_study(StudyConfig(), tmp_path / "store")
+
+
+class Lingering:
+    """Something that takes longer to close than its owner waits, or does not close at all."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def close(self) -> None:
+        raise self._error
+
+
+def test_to_close_late_is_no_failed_run() -> None:
+    done = []
+    with _closed(Lingering(TimeoutError())):
+        done.append("all")
+    assert done == ["all"]
+    with pytest.raises(OSError, match="another trouble"), _closed(Lingering(OSError("another trouble"))):
+        pass
+
+
+def test_what_is_ours_is_closed_also_after_an_error(cluster: LocalCluster) -> None:
+    client = Client(cluster, set_as_default=False)
+    with pytest.raises(UsageError, match="wrong"), _closed(client):
+        raise UsageError("wrong")
+    assert client.status == "closed"
