@@ -55,11 +55,10 @@ class Explainer:
             return score_parts(model, images, targets, parts, **self._how).score.double()
         return mean_inside_parts(self.maps(model, images, targets), parts)
 
-    def seeded(self, seed: int) -> Explainer | None:
-        """The same method with another seed, or None where chance plays no part in it."""
-        if not any(option.name == "seed" for option in dataclasses.fields(self.chosen)):
-            return None
-        return dataclasses.replace(self, options=dataclasses.replace(self.chosen, seed=seed))
+    def reseeded(self, by: int) -> Explainer | None:
+        """The same method with a seed so much further on, or None where chance plays no part in it."""
+        options = _reseeded(self.chosen, by)
+        return None if options is None else dataclasses.replace(self, options=options)
 
     @property
     def _how(self) -> dict[str, Any]:
@@ -70,3 +69,14 @@ class Explainer:
             "batch_size": self.batch_size,
             "precision": self.precision,
         }
+
+
+def _reseeded(options: Any, by: int) -> Any:
+    """Options with another seed, their own or that of the method that they name; None without any."""
+    for option in dataclasses.fields(options):
+        value = getattr(options, option.name)
+        if option.name == "seed":
+            return dataclasses.replace(options, seed=value + by)
+        if option.metadata.get("names") == methods.kind and "seed" in value:
+            return dataclasses.replace(options, **{option.name: {**value, "seed": value["seed"] + by}})
+    return None

@@ -214,6 +214,5 @@ def _empty(evidence: Evidence) -> Tensor:
 
 def _reseeded(explainer: Explainer, runs: int) -> list[Explainer]:
     """The method with the seeds that follow its own; none where chance plays no part in it."""
-    own = getattr(explainer.chosen, "seed", 0)
-    others = [explainer.seeded(own + run) for run in range(1, runs)]
+    others = [explainer.reseeded(run) for run in range(1, runs)]
     return [one for one in others if one is not None]

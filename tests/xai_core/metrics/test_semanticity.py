@@ -273,6 +273,18 @@ def test_masks_that_show_no_object_give_their_reason() -> None:
     assert reasons_of(found, "sparsity") == (None,) * 4
 
 
+def test_a_method_varies_with_the_chance_of_the_one_that_it_wraps() -> None:
+    images, targets = pictures(2)
+    inner = {"name": "smooth_grad", "samples": 4, "seed": 3}
+    explainer = Explainer("var", methods.get("var").options(of=inner, k=2))
+    maps = explainer.maps(MODEL, images, targets)
+    found = evaluate(MODEL, images, targets, maps, None, chosen("reproducibility", runs=2), explainer=explainer)
+    assert (value_of(found, "reproducibility") > 0).all()
+    again = explainer.reseeded(2)
+    assert again is not None and again.options.of["seed"] == 5
+    assert Explainer("var").reseeded(1) is None
+
+
 def test_a_method_without_chance_cannot_vary() -> None:
     images, targets = pictures(2)
     explainer = Explainer("gradient")
