@@ -29,6 +29,8 @@ BENCHMARKS = (
     ("receptive_fields", "benchmarks.receptive_fields", False),
     ("metrics", "benchmarks.metrics", False),
     ("sae", "benchmarks.sae", True),
+    ("learned", "benchmarks.learned", True),
+    ("inherent", "benchmarks.inherent", False),
     ("resume", "benchmarks.resume", False),
     ("store", "benchmarks.store", False),
     ("sql", "benchmarks.sql", False),

@@ -7,6 +7,7 @@ from typing import Any
 
 import xai_core.attribution
 import xai_core.concepts
+import xai_core.inherent
 import xai_core.metrics
 import xai_core.parts
 import xai_core.receptive_fields  # noqa: F401  (importing registers)

@@ -14,6 +14,7 @@ import typer
 
 from flows import commands, diagnose_command, maintenance, quarantine_command, sql_command, train_command
 from flows.pipes import silence_output
+from xai_core.training.kinds import Group
 
 app = typer.Typer(
     name="vitrine",
@@ -23,7 +24,7 @@ app = typer.Typer(
     help="Explains vision classifiers at dataset scale: one config in, a leaderboard of methods and metrics out.",
 )
 
-train = typer.Typer(no_args_is_help=True, help="Train models of your own.")
+train = typer.Typer(no_args_is_help=True, help="Train models of your own, and explainers.")
 app.add_typer(train, name="train")
 
 Config = Annotated[Path | None, typer.Argument(help="A study's YAML; without one, the built-in demo.")]
@@ -291,21 +292,68 @@ def list_things(
         commands.list_things(kind.value, pattern, rows.value)
 
 
+TrainConfig = Annotated[Path, typer.Argument(help="YAML: dataset, model and training.")]
+Weights = Annotated[Path, typer.Option("-o", "--output", help="File of the weights, a copy of the store's.")]
+TrainDevice = Annotated[Device | None, typer.Option(help="Where to train; by default the config's run.device.")]
+
+
 @train.command(
     "classifier",
     epilog="Example:  vitrine train classifier configs/training/cifar10-resnet.yaml -o resnet.safetensors",
 )
 def train_classifier(
-    config: Annotated[Path, typer.Argument(help="YAML: dataset, test, model and training.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="File of the weights.")] = Path(
-        "classifier.safetensors"
-    ),
-    device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
+    config: TrainConfig,
+    output: Weights = Path("classifier.safetensors"),
+    store: Store = DEFAULT_STORE,
+    device: TrainDevice = None,
     overrides: Overrides = None,
 ) -> None:
     """Train a timm classifier on a data set; the weights are what `model.checkpoint` names in a study."""
-    with exit_codes():
-        train_command.train_classifier(config, overrides or [], output, device.value)
+    _train("classifier", config, output, store, device, overrides)
+
+
+@train.command(
+    "explainer",
+    epilog="Example:  vitrine train explainer configs/training/aha-demo.yaml -o aha.safetensors",
+)
+def train_explainer(
+    config: TrainConfig,
+    output: Weights = Path("explainer.safetensors"),
+    store: Store = DEFAULT_STORE,
+    device: TrainDevice = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train an explainer of a model; the file is the `checkpoint` of the method that the command prints."""
+    _train("explainer", config, output, store, device, overrides)
+
+
+@train.command(
+    "importance",
+    epilog="Example:  vitrine train importance configs/training/ia-cifar10.yaml -o ia.safetensors",
+)
+def train_importance(
+    config: TrainConfig,
+    output: Weights = Path("importance.safetensors"),
+    store: Store = DEFAULT_STORE,
+    device: TrainDevice = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a model that explains itself: IA, EA or PA."""
+    _train("importance", config, output, store, device, overrides)
+
+
+def _train(
+    group: Group,
+    config: Path,
+    output: Path,
+    store: Path,
+    device: Device | None,
+    overrides: list[str] | None,
+) -> None:
+    """One of the trainings; like a study it resumes."""
+    chosen = [*(overrides or []), *([f"run.device={device.value}"] if device else [])]
+    with exit_codes(resumable=True):
+        raise typer.Exit(train_command.train(group, config, chosen, output, store))
 
 
 def _version(asked: bool) -> None:

@@ -26,8 +26,14 @@ PATH_KEYS: PathKeys = (
     ("truth", "masks"),
     ("truth", "boxes"),
     ("model", "checkpoint"),
+    ("model", "create_args", "backbone_args", "pretrained_cfg_overlay", "file"),
     ("parts", "backbone", "checkpoint"),
+    ("training", "kind", "checkpoint"),
+    ("training", "test", "path"),
+    ("training", "test", "classes"),
 )
+# The same of every method and metric that is chosen.
+CHOSEN_PATHS: PathKeys = (("checkpoint",), ("of", "checkpoint"))
 
 
 # Pydantic's words name Python types, which YAML does not have.
@@ -75,10 +81,15 @@ def _read(path: Path, path_keys: PathKeys) -> dict[str, Any]:
     document.setdefault("name", re.sub(r"[^A-Za-z0-9_.+=,@-]", "_", path.stem)[:100])
     for keys in path_keys:
         _resolve(document, keys, path.resolve().parent)
-    metrics = document.get("metrics")
-    for metric in metrics if isinstance(metrics, list) else ():
-        _resolve(metric, ("checkpoint",), path.resolve().parent)
+    for chosen in (*_listed(document, "metrics"), *_listed(document, "methods")):
+        for keys in CHOSEN_PATHS:
+            _resolve(chosen, keys, path.resolve().parent)
     return document
+
+
+def _listed(document: Mapping[str, Any], key: str) -> list[Any]:
+    found = document.get(key)
+    return found if isinstance(found, list) else []
 
 
 def _resolve(document: Any, keys: tuple[str, ...], folder: Path) -> None:

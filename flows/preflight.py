@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flows.preflight_concepts import check_cafe, check_graph
+from flows.preflight_training import check_files, check_training
 from flows.preflight_truth import check_mask_folder, check_truth
 from tasks.concept_folder import concept_files
 from tasks.config import Choice, ConceptsConfig, ModelConfig, StudyConfig, options_of
@@ -28,7 +29,7 @@ REMEDIES = {
 
 
 def check_study(study: Study) -> None:
-    """Checks a study's model, layers, methods, metrics, target, masks and what is known of its images.
+    """Checks a study's model, training, layers, methods, metrics, target, masks and what is known of its images.
 
     Raises:
         UsageError: naming the config key, what was expected and what was got.
@@ -37,6 +38,7 @@ def check_study(study: Study) -> None:
     _check_needs(config)
     device = resolve_device(config.run.device)
     model = classifier(config.model.model_dump_json(), "cpu")
+    check_training(study, model)
     _check_concepts(config.concepts, model)
     for position, choice in enumerate(config.methods):
         _name_key(f"methods.{position}", lambda choice=choice: _check_method(model, choice, config.run.precision))
@@ -69,6 +71,7 @@ def _check_concepts(concepts: ConceptsConfig, model: Classifier) -> None:
 
 def _check_method(model: Classifier, choice: Choice, precision: Precision) -> None:
     options = options_of(methods, choice)
+    check_files(model, methods.get(choice.name), options)
     check_method(methods.get(choice.name), model, options, precision)
     folder = getattr(options, "concepts", None)
     if methods.get(choice.name).fit is not None and folder is not None:

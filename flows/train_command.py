@@ -1,47 +1,76 @@
-"""``vitrine train``: weights for the models that studies explain."""
+"""``vitrine train``: models to be explained, explainers that learn, and models that explain themselves."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Any
 
-from flows.config import PathKeys, load_as
-from tasks.train_classifier import ClassifierTraining, run_training
-from tasks.worker import resolve_device
+from flows.config import load_config
+from flows.watch import Watch
+from storage.commits import CommitRecord, Unit
+from storage.files import publish
+from storage.store import Store, open_store
+from tasks.config import StudyConfig
+from tasks.study import Study
+from tasks.training.stage import FILE, STAGE, TABLE
 from xai_core.errors import UsageError
+from xai_core.training.kinds import Group, KindEntry, kinds
+from xai_core.training.weights_file import digest_of
 
-# Paths in a file are relative to the file.
-PATH_KEYS: PathKeys = (
-    ("dataset", "path"),
-    ("dataset", "classes"),
-    ("test", "path"),
-    ("test", "classes"),
-    ("model", "checkpoint"),
-)
+# A study is asked for its training alone; `vitrine run` does all of it.
+NOTHING_ELSE = ("methods=[]", "metrics=[]", "concepts={}")
 
 
-def train_classifier(config: Path, overrides: list[str], output: Path, device: str) -> None:
-    """Trains the classifier of a config, and prints where its weights are and how often it is right."""
+def train(group: Group, config: Path, overrides: list[str], output: Path, store_path: Path) -> int:
+    """Trains what a config says as a study, and copies the committed weights; returns the exit code."""
+    from flows.commands import COMPLETE, COMPLETE_WITH_QUARANTINE
+    from flows.study import run_study
+
     if output.suffix != ".safetensors":
         raise UsageError(f"--output: expected a file named .safetensors, got {output.name!r}")
-    chosen = load_as(ClassifierTraining, config, overrides, PATH_KEYS)
-    found = _with_bars(lambda tell: run_training(chosen, output, resolve_device(device), tell))
-    if found.test_accuracy is not None:
-        print(f"accuracy on the test pictures: {found.test_accuracy:.2%}")
-    print(f"weights  {found.path}")
+    chosen = load_config(config, [*NOTHING_ELSE, *overrides])
+    entry = _entry(chosen, group)
+    store = open_store(store_path, create=True)
+    study = Study(chosen, store)
+    with Watch(store, study.run_id):
+        result = run_study(chosen, store_path)
+    record = _record(store, study.run_id)
+    publish(output, lambda path: shutil.copyfile(store.read_file(record, FILE), path))
+    _print(entry, store, record, output)
+    print(f"report   {result.report}")
+    return COMPLETE_WITH_QUARANTINE if result.quarantined else COMPLETE
 
 
-def _with_bars(work: Any) -> Any:
-    """Runs work that tells how far it is, with a bar for each of its stages."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _entry(config: StudyConfig, group: Group) -> KindEntry:
+    """The kind that a config trains, if it is of the group that is asked for."""
+    known = ", ".join(entry.name for entry in kinds if entry.group == group)
+    if config.training is None:
+        raise UsageError(f"training: expected a section with a kind ({known}), got none; add it to the config")
+    entry = config.training.entry
+    if entry.group != group:
+        raise UsageError(
+            f"training.kind: expected {known}, got {entry.name}; use `vitrine train {entry.group}` for it"
+        )
+    return entry
 
-    columns = (TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[remark]}")) as bars:
-        known: dict[str, Any] = {}
 
-        def tell(stage: str, done: int, of: int, remark: str) -> None:
-            if stage not in known or done < bars.tasks[known[stage]].completed:
-                known[stage] = bars.add_task(stage, total=of, remark="")
-            bars.update(known[stage], completed=done, remark=remark)
+def _record(store: Store, run_id: str) -> CommitRecord:
+    run, unit = store.runs.read(run_id), Unit(STAGE.name)
+    record = None if run is None else store.done(unit, run.units()[unit])
+    if record is None:
+        raise RuntimeError(f"run {run_id}: expected its training committed, found no record")
+    return record
 
-        return work(tell)
+
+def _print(entry: KindEntry, store: Store, record: CommitRecord, output: Path) -> None:
+    facts, digest = record.facts, digest_of(output)
+    print(f"pictures {facts['pictures']:,}, and {facts['held_out']:,} held out")
+    if facts["score"] is not None:
+        print(f"score    {facts['score']:.4g} on those held out, after epoch {facts['epoch']}")
+    for row in store.read_table(record, TABLE).to_pylist():
+        if (row["split"], row["name"]) == ("test", "score"):
+            print(f"test     {row['value']:.4g}, the score on the test pictures")
+    print(f"weights  {output}")
+    print(f"digest   {digest}")
+    if entry.method is not None:
+        print(f"method   {entry.method}[checkpoint={digest[:12]}]")

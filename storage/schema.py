@@ -126,6 +126,9 @@ TABLES: dict[str, pa.Schema] = {
             learning_rate=pa.float64(),
         )
     ),
+    "training": pa.schema(
+        _fields(epoch=pa.int32(), step=pa.int64(), split=pa.string(), name=pa.string(), value=pa.float64())
+    ),
     "concept_exemplars": pa.schema(
         [
             *_fields(layer=pa.string(), extractor=pa.string(), concept_id=pa.int32(), rank=pa.int32()),

@@ -16,6 +16,7 @@ DESCRIPTIONS = {
     "curves": "the points of the perturbation curves that stand behind the metrics",
     "concepts": "the concepts of every dictionary, with its fit",
     "sae_training": "the log of each sparse autoencoder's training: loss, Rel-l2, active and dead latents",
+    "training": "the log of what is trained: means of every epoch, over pictures learnt from, held out or tested",
     "concept_exemplars": "the sampled vectors nearest to every concept, rank 0 the nearest, and where they stand",
     "concept_scores": "what an image's most important concepts do for its class, layer by layer, in logits",
     "concept_edges": "what concepts of one layer do for those of the next, or for the class, image by image",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +16,12 @@ from tasks.concept_fit import fit_of, read_fitted
 from tasks.config import Choice, options_of
 from tasks.labels import images_with_parts, read_part_labels
 from tasks.stage import Context, Outcome, Stage
-from tasks.study import Study
+from tasks.study import Study, with_digests
 from tasks.targets import predicted_pictures, read_targets
 from tasks.worker import Pictures, study_classifier
 from xai_core.attribution import PartScores, attribute_arrays, join_scores, paint_parts, score_parts
 from xai_core.batching import Batches, try_batches
-from xai_core.errors import ImageError, NotFinite
+from xai_core.errors import ImageError, NotFinite, UsageError
 from xai_core.parts import MOST_PARTS, part_areas
 from xai_core.registry import MethodEntry, methods
 
@@ -42,6 +43,7 @@ class Explained:
 def run(context: Context) -> Outcome:
     """The arrays ``maps``, ``scale``, ``valid``, what the method hands out beside them, and part scores."""
     choice = _choice(context)
+    _refuse_other_files(context, choice)
     entry = methods.get(choice.name)
     pictures = predicted_pictures(context)
     if entry.output == "parts":
@@ -58,6 +60,21 @@ def run(context: Context) -> Outcome:
     if len(kept):
         _write(context, entry, batches.results, kept)
     return Outcome(pictures.given, len(kept), (*pictures.bad, *pictures.as_bad(failed)))
+
+
+def _refuse_other_files(context: Context, choice: Choice) -> None:
+    """Refuses a checkpoint that is not the one of the plan: its results would stand under the other's key."""
+    planned, found = context.work.ingredients["config"]["options"], _as_ingredients(choice)["options"]
+    if found != planned:
+        raise UsageError(
+            f"{choice.id}: expected the checkpoint that the study was planned with ({planned}), got another "
+            f"({found}): the file changed while the study ran; run it again to take the new one"
+        )
+
+
+def _as_ingredients(choice: Choice) -> dict[str, Any]:
+    """A method with its options as ingredients of a key: files stand there by what they hold."""
+    return with_digests(choice.model_dump(mode="json"))
 
 
 def _choice(context: Context) -> Choice:
@@ -170,7 +187,7 @@ STAGE = Stage(
     version=3,
     run=run,
     reads=lambda study, variant: {
-        **next(choice.model_dump(mode="json") for choice in study.config.methods if choice.id == variant),
+        **next(_as_ingredients(choice) for choice in study.config.methods if choice.id == variant),
         "precision": study.config.run.precision,
     },
     upstream=upstream,

@@ -11,9 +11,10 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 import xai_core.attribution
 import xai_core.concepts
+import xai_core.inherent
 import xai_core.metrics
 import xai_core.parts
-import xai_core.receptive_fields  # noqa: F401  (importing these five registers what a config can name)
+import xai_core.receptive_fields  # noqa: F401  (importing these six registers what a config can name)
 from xai_core.concepts.graph import coefficient_attributions
 from xai_core.receptive_fields.attributors import attributors
 from xai_core.registry import Registry, extractors, methods, metrics, parsers, variant_id
@@ -40,8 +41,10 @@ class Choice(Frozen):
     id: str
 
 
-def _choose(registry: Registry[Any]) -> Callable[[Any], Choice]:
-    def choose(value: Any) -> Choice:
+def choose(registry: Registry[Any]) -> Callable[[Any], Choice]:
+    """What makes a choice of a name, or of a mapping with it and options, as a validator of Pydantic's."""
+
+    def chosen(value: Any) -> Choice:
         if isinstance(value, Choice):
             return value
         if isinstance(value, str):
@@ -57,7 +60,7 @@ def _choose(registry: Registry[Any]) -> Callable[[Any], Choice]:
         checked = _check_options(entry.options, given)
         return Choice(name=entry.name, options=asdict(checked), id=variant_id(entry.name, checked))
 
-    return choose
+    return chosen
 
 
 def _check_options(options: type, given: Mapping[str, Any]) -> Any:
@@ -90,7 +93,7 @@ def _told(where: str, error: Any, known: list[str]) -> str:
 def _check_named(option: str, value: Any) -> dict[str, Any]:
     """A method and its options as a mapping, all of them written out."""
     try:
-        choice = _choose(methods)(value)
+        choice = choose(methods)(value)
     except ValueError as error:
         raise ValueError(f"option {option}: {error}") from None
     return {"name": choice.name, **choice.options}
@@ -101,14 +104,14 @@ def options_of(registry: Registry[Any], choice: Choice) -> Any:
     return registry.get(choice.name).options(**choice.options)
 
 
-MethodChoice = Annotated[Choice, BeforeValidator(_choose(methods))]
-MetricChoice = Annotated[Choice, BeforeValidator(_choose(metrics))]
-ParserChoice = Annotated[Choice, BeforeValidator(_choose(parsers))]
-ExtractorChoice = Annotated[Choice, BeforeValidator(_choose(extractors))]
+MethodChoice = Annotated[Choice, BeforeValidator(choose(methods))]
+MetricChoice = Annotated[Choice, BeforeValidator(choose(metrics))]
+ParserChoice = Annotated[Choice, BeforeValidator(choose(parsers))]
+ExtractorChoice = Annotated[Choice, BeforeValidator(choose(extractors))]
 # The attributor that fits the model, or a chosen one.
 AttributorChoice = Annotated[
     Literal["auto"] | Choice,
-    BeforeValidator(lambda value: value if value == "auto" else _choose(attributors)(value)),
+    BeforeValidator(lambda value: value if value == "auto" else choose(attributors)(value)),
 ]
-CoefficientAttributionChoice = Annotated[Choice, BeforeValidator(_choose(coefficient_attributions))]
-LatentAttributorChoice = Annotated[Choice, BeforeValidator(_choose(attributors))]
+CoefficientAttributionChoice = Annotated[Choice, BeforeValidator(choose(coefficient_attributions))]
+LatentAttributorChoice = Annotated[Choice, BeforeValidator(choose(attributors))]

@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from tasks.choices import Choice, Frozen, MethodChoice, MetricChoice, ParserChoice, options_of
 from tasks.concept_config import ConceptsConfig
+from tasks.dataset_config import DatasetConfig
+from tasks.training.config import TrainingConfig
 from xai_core.models import ModelSpec
 from xai_core.precision import Precision
 
@@ -20,36 +22,9 @@ __all__ = [
     "ModelConfig",
     "RunConfig",
     "StudyConfig",
+    "TrainingConfig",
     "options_of",
 ]
-
-
-class DatasetConfig(Frozen):
-    """Where images come from and in which order they are taken.
-
-    ``classes`` is a CSV (index, folder, name) for folders that are a subset of the model's classes;
-    ``masks`` is a folder that mirrors the images, for the parser ``masks``; ``order_seed`` null keeps the
-    source's own order; ``images`` and ``seed`` are the demo's.
-    """
-
-    kind: Literal["folder", "parquet", "demo"] = "demo"
-    path: str | None = None
-    classes: str | None = None
-    masks: str | None = None
-    order_seed: int | None = 0
-    limit: int | None = Field(default=None, ge=1)
-    images: int = Field(default=64, ge=1)
-    seed: int = 1
-
-    @model_validator(mode="after")
-    def _path_where_needed(self) -> DatasetConfig:
-        if self.kind != "demo" and self.path is None:
-            raise ValueError(f"kind {self.kind!r} needs a path: set dataset.path")
-        if self.kind == "demo" and (self.path or self.classes or self.masks):
-            raise ValueError("kind 'demo' draws its own images: remove path, classes and masks, or change kind")
-        if self.kind == "parquet" and (self.classes or self.masks):
-            raise ValueError("kind 'parquet' reads neither classes nor masks: remove them, or use kind: folder")
-        return self
 
 
 class ModelConfig(Frozen):
@@ -149,7 +124,7 @@ class ComputeConfig(Frozen):
 
 
 class StudyConfig(Frozen):
-    """One study: a model, a data set, methods, metrics and concepts."""
+    """One study: a model, a data set, methods, metrics and concepts, or something that learns from the images."""
 
     # Part of file names and of a Prefect name template.
     name: str = Field(default="demo", pattern=r"^[A-Za-z0-9_ .+=,@-]{1,100}$")
@@ -167,6 +142,7 @@ class StudyConfig(Frozen):
         validate_default=True,
     )
     concepts: ConceptsConfig = Field(default_factory=ConceptsConfig)
+    training: TrainingConfig | None = None
     run: RunConfig = RunConfig()
     compute: ComputeConfig = ComputeConfig()
 
@@ -197,6 +173,13 @@ class StudyConfig(Frozen):
             raise ValueError("truth.masks: a folder of masks mirrors an image folder, got dataset.kind parquet")
         return self
 
+    @property
+    def only_trains(self) -> bool:
+        """Whether the study explains nothing: then nobody asks what the model says of the images."""
+        return self.training is not None and not self.methods and not self.concepts.layers
+
     def identity(self) -> dict[str, Any]:
         """The config without what cannot change a result: how and where it is computed."""
-        return self.model_dump(mode="json", exclude={"compute": True, "run": {"batch_size", "device"}})
+        found = self.model_dump(mode="json", exclude={"compute": True, "run": {"batch_size", "device"}})
+        # Studies that train nothing keep the run ids that they had before any could.
+        return found if self.training is not None else {key: found[key] for key in found if key != "training"}

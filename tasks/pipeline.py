@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tasks import (
     attribute,
     cafe,
@@ -18,22 +20,35 @@ from tasks import (
 )
 from tasks.report import stage as report_stage
 from tasks.stage import Stage
+from tasks.study import Study
+from tasks.training import stage as training_stage
+
+
+def _where_explained(stage: Stage) -> Stage:
+    """A stage that a study leaves out where it only trains something."""
+
+    def variants(study: Study) -> tuple[str, ...]:
+        return () if study.config.only_trains else stage.variants(study)
+
+    return replace(stage, variants=variants)
+
 
 STAGES: dict[str, Stage] = {
-    module.STAGE.name: module.STAGE
-    for module in (
-        manifest,
-        predict,
-        parts,
-        truth,
-        pfv,
-        dictionary,
-        exemplars,
-        concept_graph,
-        cafe,
-        concept_fit,
-        attribute,
-        metrics,
-        report_stage,
+    stage.name: stage
+    for stage in (
+        manifest.STAGE,
+        training_stage.STAGE,
+        _where_explained(predict.STAGE),
+        _where_explained(parts.STAGE),
+        truth.STAGE,
+        pfv.STAGE,
+        dictionary.STAGE,
+        exemplars.STAGE,
+        concept_graph.STAGE,
+        cafe.STAGE,
+        concept_fit.STAGE,
+        attribute.STAGE,
+        metrics.STAGE,
+        report_stage.STAGE,
     )
 }

@@ -14,6 +14,7 @@ from storage.sealed import read_sealed, write_sealed
 from storage.store import Store
 from tasks.config import DatasetConfig, ModelConfig, StudyConfig
 from tasks.sources import open_source
+from xai_core.training.weights_file import digest_of
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,20 @@ class Study:
         return int(model_facts(self.config.model, self.store)["num_classes"])
 
     @cached_property
+    def test_listing(self) -> Listing | None:
+        """The ordered listing of the pictures on which a training is tested, or None."""
+        training = self.config.training
+        if training is None or training.test is None:
+            return None
+        folder = self.store.root / "listings"
+        return build_listing(open_source(training.test), folder, training.test.order_seed)
+
+    @cached_property
     def facts(self) -> Mapping[str, Any]:
         """What shard functions need to know beside the config."""
-        return {"labels_are_classes": self.labels_are_classes}
+        known = {"labels_are_classes": self.labels_are_classes}
+        test = self.test_listing
+        return known if test is None else {**known, "test_listing": str(test.path.resolve()), "tests": test.rows}
 
 
 def labels_are_classes(dataset: DatasetConfig, num_classes: int) -> bool:
@@ -149,6 +161,17 @@ def _digest_masks(folder: str | None) -> str | None:
     return digest_json(
         [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     )
+
+
+def with_digests(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as ingredients of keys: a file that is named as ``checkpoint`` stands there by its digest.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    found = {name: with_digests(one) if isinstance(one, Mapping) else one for name, one in options.items()}
+    named = options.get("checkpoint")
+    return {**found, "checkpoint": digest_of(named)} if named else found
 
 
 def describe_model(config: ModelConfig, store: Store) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -194,14 +195,16 @@ def load_classifier(spec: ModelSpec, device: str | torch.device = "cpu") -> Clas
     """
     import timm
 
-    import xai_core.demo_models  # noqa: F401  (registers the packaged models with timm)
+    import xai_core.demo_models
+    import xai_core.inherent.timm_models  # noqa: F401  (these two register models of our own with timm)
 
     if not timm.is_model(spec.name.split("/")[-1]) and ":" not in spec.name:
         raise UsageError(f"model.name: unknown timm model {spec.name!r}; {nearest(spec.name, timm.list_models())}")
     torch.manual_seed(spec.seed)
     pretrained = spec.pretrained and spec.checkpoint is None
+    arguments = {**_trained_arguments(spec), **spec.create_args}
     try:
-        module = timm.create_model(spec.name, pretrained=pretrained, **spec.create_args)
+        module = timm.create_model(spec.name, pretrained=pretrained, **arguments)
     except TypeError as error:
         raise UsageError(f"model.create_args: {spec.name} does not take them: {error}") from error
     except (OSError, RuntimeError) as error:
@@ -214,6 +217,19 @@ def load_classifier(spec: ModelSpec, device: str | torch.device = "cpu") -> Clas
     if spec.checkpoint is not None:
         load_checkpoint(module, Path(spec.checkpoint))
     return Classifier(module.to(device), spec)
+
+
+def _trained_arguments(spec: ModelSpec) -> dict[str, Any]:
+    """What builds the network of a checkpoint that says so: one of ``vitrine train``."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(spec.checkpoint or "", framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("trained", "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return {}
+    config = about.get("config", {})
+    return dict(config.get("create_args", {})) if config.get("name") == spec.name else {}
 
 
 def load_checkpoint(module: nn.Module, path: Path) -> None:

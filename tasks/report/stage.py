@@ -17,6 +17,7 @@ from tasks.report.data import Committed
 from tasks.report.figures import MOST_BANDS, curve_charts, in_groups, legend
 from tasks.report.gallery import gallery
 from tasks.report.leaderboard import board_of
+from tasks.report.training import training_of_run
 from tasks.report.truth import read_truth_table
 from tasks.stage import Context, Outcome, Stage
 from tasks.study import Study
@@ -38,6 +39,9 @@ def render(context: Context) -> str:
     set_aside, set_aside_rows, set_aside_images = data.quarantined(committed)
     timings = data.timings(committed)
     concepts = concepts_of_run(context, committed.results)
+    training = training_of_run(committed.results, context.config.training)
+    figures = [*(json.loads(chart.json) for chart in charts), *(training.figures if training else ())]
+    figures += concepts.figures
     return template("report.html.j2").render(
         config=context.config,
         config_text=yaml.safe_dump(context.config.identity(), sort_keys=False, allow_unicode=True),
@@ -50,9 +54,10 @@ def render(context: Context) -> str:
         legend=entries,
         most_bands=MOST_BANDS,
         charts=in_groups(charts),
+        training=training,
         # In the order in which they stand on the page.
-        figures=_script_json([*(json.loads(chart.json) for chart in charts), *concepts.figures]),
-        plotly=_plotly() if charts or concepts.figures else "",
+        figures=_script_json(figures),
+        plotly=_plotly() if figures else "",
         cards=cards,
         unreadable=unreadable,
         concepts=concepts,

@@ -1,4 +1,4 @@
-"""``vitrine diagnose`` and ``vitrine train`` as they are typed."""
+"""``vitrine diagnose`` as it is typed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from PIL import Image
 
 from tests.conftest import TINY, Ran, config_with
@@ -55,25 +54,3 @@ def test_what_cannot_be_diagnosed_is_refused(place: Path, arguments: tuple[str, 
     assert found.returncode == 2
     assert told in found.stderr
     assert not (place / "refused.html").exists()
-
-
-def test_training_writes_weights_or_says_what_is_wrong(tmp_path: Path) -> None:
-    config = {
-        "dataset": {"kind": "demo", "images": 24},
-        "test": {"kind": "demo", "images": 8, "seed": 2},
-        "model": {
-            "name": "resnet18",
-            "pretrained": False,
-            "create_args": {"num_classes": 9, "layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]},
-            "transform": {"input_size": [3, 32, 32]},
-        },
-        "training": {"epochs": 1, "batch_size": 8},
-    }
-    (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
-    found = vitrine("train", "classifier", "train.yaml", "-o", "small.safetensors", cwd=tmp_path)
-    assert found.returncode == 0, found.stderr[-2000:]
-    assert "accuracy on the test pictures" in found.stdout
-    assert (tmp_path / "small.safetensors").is_file()
-    refused = vitrine("train", "classifier", "train.yaml", "--set", "training.epoch=2", cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "training.epoch" in refused.stderr

@@ -73,6 +73,7 @@ DEFAULTS = {
         "graph": None,
         "cafe": None,
     },
+    "training": None,
     "run": {
         "shard_size": 128,
         "batch_size": 32,

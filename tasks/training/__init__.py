@@ -1,0 +1,1 @@
+"""Trainings in a study: their config, their pictures on disk, and the stage."""

@@ -1,0 +1,188 @@
+"""The light decoder over a frozen classifier's features: one pass gives every place's relevance to a class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from xai_core.errors import UsageError
+from xai_core.layers import as_map, captured
+from xai_core.models import Classifier
+
+#: Cells a side of the coarse scores: 784 cells are the most that a full permutation is made of.
+LARGEST_GRID = 28
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """All that builds a decoder beside its model.
+
+    ``layers``: whose outputs are read, by default :func:`default_layers`. ``grid``: cells a side of the coarse
+    scores, by default the token grid's longer side, or one for 16 pixels. ``width`` of its features; ``blocks`` on
+    the grid; ``guide`` channels of the boundary refinement; ``stride``: pixels a side of one place of the map.
+    """
+
+    layers: tuple[str, ...] = ()
+    grid: int | None = None
+    width: int = 64
+    blocks: int = 2
+    guide: int = 16
+    stride: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("width", "blocks", "guide", "stride"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"aha.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.grid is not None and not 2 <= self.grid <= LARGEST_GRID:
+            raise UsageError(f"aha.grid: expected 2 to {LARGEST_GRID} cells a side, got {self.grid}")
+
+
+def completed(config: DecoderConfig, model: Classifier) -> DecoderConfig:
+    """The config with what depends on the model filled in.
+
+    Raises:
+        UsageError: the model does not say which layers it has, or has none of that name.
+    """
+    layers = tuple(config.layers) or default_layers(model)
+    for name in layers:
+        model.layer(name)
+    side = max(model.token_grid) if model.family == "vit" else max(model.input_size) // 16
+    return replace(config, layers=layers, grid=config.grid or min(max(side, 2), LARGEST_GRID))
+
+
+def default_layers(model: Classifier) -> tuple[str, ...]:
+    """Three blocks of a transformer, the last one among them; of maps the last four at most, from 1/4 of the side.
+
+    Raises:
+        UsageError: timm does not know the model's stages.
+    """
+    stages = [entry for entry in getattr(model.module, "feature_info", None) or [] if entry.get("module")]
+    if model.family == "vit":
+        count = len(stages)
+        chosen = [stages[-(-count * third // 3) - 1] for third in (1, 2, 3)] if count else []
+    else:
+        chosen = [entry for entry in stages if entry["reduction"] >= 4][-4:]
+    if not chosen:
+        raise UsageError(f"aha.layers: {model.spec.name} does not say which stages it has; name layers to read")
+    return tuple(dict.fromkeys(str(entry["module"]) for entry in chosen))
+
+
+class Block(nn.Module):
+    """A residual block on the grid: what is around each cell, then what its channels make of it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.around = nn.Conv2d(width, width, 5, padding=2, groups=width)
+        self.within = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """Cells ``[B, g, g, width]`` of the same shape."""
+        return cells + self.within(self.around(cells.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class Decoder(nn.Module):
+    """Features of some layers, the picture and the class, to a map of relevance.
+
+    The class enters as the classifier's own weight vector of it, which scales and shifts the features on the grid.
+    Coarse scores are enlarged bilinearly; light convolutions on the picture beside them add what the cells are too
+    coarse for, at first nothing. Nothing is normalised over a batch.
+
+    Args:
+        channels: of each layer that is read; class_width: of a class's vector.
+    """
+
+    def __init__(self, channels: Sequence[int], class_width: int, config: DecoderConfig) -> None:
+        super().__init__()
+        width, guide = config.width, config.guide
+        self.grid = config.grid or LARGEST_GRID
+        self.of_layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(one), nn.Linear(one, width)) for one in channels)
+        self.of_class = nn.Sequential(nn.LayerNorm(class_width), nn.Linear(class_width, 2 * width))
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(config.blocks)))
+        # The coarse score first, behind it what the refinement is told of the cell.
+        self.of_cells = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1 + guide))
+        self.of_picture = nn.Conv2d(3, guide, config.stride, stride=config.stride)
+        self.refine = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(guide, guide, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(guide, 1, 3, padding=1, bias=False),
+        )
+        nn.init.zeros_(self.refine[-1].weight)
+
+    def forward(self, features: Sequence[Tensor], images: Tensor, vectors: Tensor) -> Tensor:
+        """Maps ``[B, K, H / stride, W / stride]`` of K classes of each image.
+
+        Args:
+            features: ``[B, C, h, w]`` of each layer; images: ``[B, 3, H, W]``; vectors: ``[B, K, D]`` of classes.
+        """
+        count = vectors.shape[1]
+        read = [layer(_cells(maps, self.grid)) for layer, maps in zip(self.of_layers, features, strict=True)]
+        scale, shift = self.of_class(vectors)[:, :, None, None].chunk(2, dim=4)
+        cells = torch.stack(read).sum(dim=0).unsqueeze(1) * (1 + scale) + shift
+        told = self.of_cells(self.blocks(cells.flatten(0, 1))).permute(0, 3, 1, 2).contiguous()
+        guide = self.of_picture(images)
+        guide = guide if count == 1 else guide.repeat_interleave(count, dim=0)
+        coarse = F.interpolate(told, size=guide.shape[-2:], mode="bilinear", align_corners=False)
+        maps = coarse[:, :1] + self.refine(coarse[:, 1:] + guide)
+        return maps.squeeze(1).unflatten(0, vectors.shape[:2])
+
+
+def _cells(maps: Tensor, side: int) -> Tensor:
+    """Maps on the grid, channels last: means of what is finer, bilinear where it is coarser."""
+    rows, columns = maps.shape[-2:]
+    if min(rows, columns) > side:
+        maps = F.adaptive_avg_pool2d(maps, side)
+    elif (rows, columns) != (side, side):
+        maps = F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
+    return maps.permute(0, 2, 3, 1)
+
+
+def class_vectors(model: Classifier) -> Tensor:
+    """What a class is to the model, ``[C, D]``: its row of the classifier's weights (their mean, of two heads).
+
+    Raises:
+        UsageError: the model ends in no linear layer with a row for every class.
+    """
+    heads = model.module.get_classifier()
+    heads = heads if isinstance(heads, (tuple, list)) else (heads,)
+    rows = [head.weight.detach().flatten(1) for head in heads if isinstance(getattr(head, "weight", None), Tensor)]
+    if len(rows) != len(heads) or any(len(one) != model.num_classes for one in rows):
+        raise UsageError(
+            f"aha: expected a classifier with a row of weights for each of the {model.num_classes} classes, got "
+            f"{', '.join(type(head).__name__ for head in heads)} in {model.spec.name}"
+        )
+    return torch.stack(rows).mean(dim=0)
+
+
+class LearnedExplainer:
+    """A decoder bound to the frozen classifier that it explains.
+
+    Args:
+        decoder: a trained one; by default a new one, drawn from torch's global generator.
+    """
+
+    def __init__(self, model: Classifier, config: DecoderConfig, decoder: Decoder | None = None) -> None:
+        self.model, self.config = model, completed(config, model)
+        self.vectors = class_vectors(model)
+        self.decoder = self._new_decoder() if decoder is None else decoder
+
+    def _new_decoder(self) -> Decoder:
+        blank = torch.zeros(1, 3, *self.model.input_size, device=self.model.device, dtype=self.model.dtype)
+        channels = [one.shape[1] for one in self.read(blank)[0]]
+        return Decoder(channels, self.vectors.shape[1], self.config).to(self.model.device, self.model.dtype)
+
+    def read(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The layers' outputs ``[B, C, h, w]`` and the logits ``[B, C]`` of one pass, without a graph."""
+        with torch.no_grad(), captured(self.model, self.config.layers) as outputs:
+            logits = self.model(images)
+        return [as_map(self.model, outputs[name], name) for name in self.config.layers], logits
+
+    def maps(self, features: Sequence[Tensor], images: Tensor, classes: Tensor) -> Tensor:
+        """Maps ``[B, K, h, w]`` of the classes ``[B, K]``, with the decoder's graph where gradients are on."""
+        return self.decoder(features, images, self.vectors[classes])
