@@ -237,7 +237,8 @@ def test_list_gives_json(answers: dict[str, subprocess.CompletedProcess[str]]) -
     assert {"insertion", "deletion", "aopc", "p_insertion", "p_deletion", "p_aopc"} <= set(names["metrics"])
     assert {"tokens", "spectral", "slic", "grid", "masks"} <= set(names["parts"])
     assert {"bisecting_kmeans", "sae"} <= set(names["extractors"])
-    assert names["models"] == ["vitrine_demo_resnet", "vitrine_demo_vit"]
+    inherent = ["vitrine_ea", "vitrine_ia", "vitrine_pa"]
+    assert names["models"] == ["vitrine_demo_resnet", "vitrine_demo_vit", *inherent]
 
 
 def test_verify_finds_damage_repairs_it_and_a_run_heals_the_store(
