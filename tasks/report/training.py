@@ -57,6 +57,7 @@ def training_section(rows: pa.Table, record: CommitRecord, training: TrainingCon
     """The section from rows of the log and the record that they belong to."""
     facts, values = record.facts, rows.to_pylist()
     names = sorted({row["name"] for row in values}, key=_place)
+    by_epoch = [name for name in names if any(row["name"] == name and row["split"] != "test" for row in values)]
     splits = tuple(split for split in SPLITS if any(row["split"] == split for row in values))
     final = {(row["split"], row["name"]): row["value"] for row in values if row["epoch"] == facts["epoch"]}
     entries = legend([SPLITS[split] for split in splits if split != "test"])
@@ -70,7 +71,7 @@ def training_section(rows: pa.Table, record: CommitRecord, training: TrainingCon
         splits=tuple(SPLITS[split] for split in splits),
         table=tuple((_words(name), tuple(final.get((split, name)) for split in splits)) for name in names),
         legend=tuple(entries),
-        charts=tuple(_chart(name, values, entries) for name in names) if training.recipe.epochs > 1 else (),
+        charts=tuple(_chart(name, values, entries) for name in by_epoch) if training.recipe.epochs > 1 else (),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import torch
 from PIL import Image
@@ -24,6 +25,7 @@ from tasks.config import StudyConfig
 from tasks.execute import execute
 from tasks.pipeline import STAGES
 from tasks.plan import Planner, to_run
+from tasks.report.training import training_section
 from tasks.sources import open_source
 from tasks.study import Study, with_digests
 from tasks.training.picture_file import Rows, picture_file
@@ -345,6 +347,16 @@ def test_the_report_shows_how_the_training_went(ran: Ran) -> None:
     assert losses["learnt from"]["y"] == pytest.approx([row["value"] for row in rows], rel=1e-3)
     assert set(losses) == {"learnt from", "held out"}
     assert ">test pictures</th>" in section
+
+
+def test_what_only_the_test_pictures_have_is_in_the_table_and_makes_no_empty_chart(ran: Ran) -> None:
+    log = ran.store.results(ran.run_id).table("training").drop_columns("run_id")
+    rows = log.filter((pc.field("split") == "train") | (pc.field("split") == "test"))
+    training = StudyConfig.model_validate(ran.store.runs.read(ran.run_id).config).training
+    assert training is not None
+    section = training_section(rows, record_of(ran.store), training)
+    assert "score" in dict(section.table)
+    assert [chart.title for chart in section.charts] == ["Loss", "Accuracy", "Learning rate"]
 
 
 # --- pictures on disk -----------------------------------------------------------------------------------------
