@@ -67,7 +67,8 @@ def read_about(
     """The header of a file alone; arguments and errors as in :func:`read_trained`."""
     remedy = "train one with `vitrine train`"
     if not Path(path).is_file():
-        raise UsageError(f"checkpoint: expected a .safetensors file, got no file at {path}; {remedy}")
+        got = f"no file at {path}" if str(path) else "none named"
+        raise UsageError(f"checkpoint: expected a .safetensors file, got {got}; {remedy}")
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})[_ABOUT])
