@@ -14,6 +14,7 @@ from tasks.config import StudyConfig
 from tasks.study import Study
 from tasks.training.stage import FILE, STAGE, TABLE
 from xai_core.errors import UsageError
+from xai_core.registry import methods, variant_id
 from xai_core.training.kinds import Group, KindEntry, kinds
 from xai_core.training.weights_file import digest_of
 
@@ -63,7 +64,7 @@ def _record(store: Store, run_id: str) -> CommitRecord:
 
 
 def _print(entry: KindEntry, store: Store, record: CommitRecord, output: Path) -> None:
-    facts, digest = record.facts, digest_of(output)
+    facts = record.facts
     print(f"pictures {facts['pictures']:,}, and {facts['held_out']:,} held out")
     if facts["score"] is not None:
         print(f"score    {facts['score']:.4g} on those held out, after epoch {facts['epoch']}")
@@ -71,6 +72,7 @@ def _print(entry: KindEntry, store: Store, record: CommitRecord, output: Path) -
         if (row["split"], row["name"]) == ("test", "score"):
             print(f"test     {row['value']:.4g}, the score on the test pictures")
     print(f"weights  {output}")
-    print(f"digest   {digest}")
+    print(f"digest   {digest_of(output)}")
     if entry.method is not None:
-        print(f"method   {entry.method}[checkpoint={digest[:12]}]")
+        options = methods.get(entry.method).options(checkpoint=str(output))
+        print(f"method   {variant_id(entry.method, options)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -221,14 +220,15 @@ def load_classifier(spec: ModelSpec, device: str | torch.device = "cpu") -> Clas
 
 def _trained_arguments(spec: ModelSpec) -> dict[str, Any]:
     """What builds the network of a checkpoint that says so: one of ``vitrine train``."""
-    from safetensors import SafetensorError, safe_open
+    from xai_core.training.weights_file import read_about
 
-    try:
-        with safe_open(spec.checkpoint or "", framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("trained", "{}"))
-    except (OSError, SafetensorError, ValueError):
+    if spec.checkpoint is None:
         return {}
-    config = about.get("config", {})
+    try:
+        config = read_about(spec.checkpoint)["config"]
+    except UsageError:
+        # Weights from elsewhere; whether they fit is seen where they are loaded.
+        return {}
     return dict(config.get("create_args", {})) if config.get("name") == spec.name else {}
 
 

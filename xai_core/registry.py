@@ -66,11 +66,6 @@ class MethodEntry(Entry):
     # where users can bring pictures of their own, ``concepts``, their folder, and ``examples``, the most of each.
     fit: Callable[..., Any] | None = None
 
-    @property
-    def is_trained(self) -> bool:
-        """Whether it explains by weights of its own, in a file that its option ``checkpoint`` names."""
-        return any(option.name == "checkpoint" for option in dataclasses.fields(self.options))
-
 
 Need = Literal["parts", "mask", "effects", "explainer"]
 

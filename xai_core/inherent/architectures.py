@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -16,7 +16,6 @@ from xai_core.inherent.networks import ComponentNet, ContextNet, ImportanceNet, 
 from xai_core.inherent.patches import check_size, cut_patches, grid_side
 
 Colours = tuple[float, float, float]
-Kind = Literal["ia", "ea", "pa"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,6 @@ class FrozenImportanceNet(ImportanceNet):
 class WeightedEmbeddings(nn.Module):
     """What IA and EA share: the embeddings E' of patches, weighted by their importance."""
 
-    kind: Kind
     output_fmt = "NCHW"
 
     def __init__(self, config: ImportanceConfig, importance_net: ImportanceNet) -> None:
@@ -129,8 +127,6 @@ class ImportanceArchitecture(WeightedEmbeddings):
     To explainers its features are the weighted embeddings, a map of one cell a patch.
     """
 
-    kind: Kind = "ia"
-
     def __init__(self, config: ImportanceConfig) -> None:
         super().__init__(config, ImportanceNet(config.img_size, config.patch_size, config.importance_width))
         self.head = two_layers(config.embed_dim, config.num_classes)
@@ -154,8 +150,6 @@ class EmbeddingArchitecture(WeightedEmbeddings):
     While it is trained, nothing of its importance is recorded for gradients; a trained one passes gradients of its
     input through the importance, too, on which the logits depend.
     """
-
-    kind: Kind = "ea"
 
     def __init__(self, config: EmbeddingConfig) -> None:
         super().__init__(config, FrozenImportanceNet(config.img_size, config.patch_size, config.importance_width))

@@ -13,10 +13,7 @@ from xai_core.inherent.architectures import ImportanceArchitecture
 from xai_core.inherent.checkpoint import load_importance
 from xai_core.models import Classifier
 from xai_core.registry import methods
-from xai_core.training.weights_file import digest_of
-
-# Of the digest, as much as stands in ids.
-_SHOWN = 12
+from xai_core.training.weights_file import checkpoint_id, digest_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class ImportanceOptions:
 
     def in_id(self) -> dict[str, str]:
         """What stands in ids: which content, never where it lies."""
-        return {"checkpoint": digest_of(self.checkpoint)[:_SHOWN]} if self.checkpoint else {}
+        return {"checkpoint": checkpoint_id(self.checkpoint)} if self.checkpoint else {}
 
 
 def _has_checkpoint(_model: Classifier, options: ImportanceOptions) -> str | None:

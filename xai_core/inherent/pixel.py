@@ -11,7 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from xai_core.errors import UsageError, nearest
-from xai_core.inherent.architectures import Colours, FrozenImportanceNet, Kind, three_colours
+from xai_core.inherent.architectures import Colours, FrozenImportanceNet, three_colours
 from xai_core.inherent.patches import check_size, check_threshold, enlarge, grid_side, kept_patches
 
 
@@ -54,7 +54,6 @@ class PixelMasking(nn.Module):
     patch's zeroed embedding is to the embedding architecture.
     """
 
-    kind: Kind
     config: PixelConfig
     importance_net: FrozenImportanceNet
     renormalise_scale: Tensor
@@ -116,7 +115,7 @@ def pixel_architecture(config: PixelConfig, pretrained: bool = False) -> nn.Modu
     _fit_size(module, config)
     if not config.whole:
         _mask_before(module, config)
-    module.kind, module.config = "pa", config
+    module.config = config
     return module
 
 

@@ -1,12 +1,19 @@
 """Training: one loop for everything that learns here, and the kinds of things that do."""
 
-from xai_core.training.classifier import ClassifierOptions, CrossEntropy, accuracy, train_classifier
+from xai_core.training.classifier import ClassifierOptions, CrossEntropy
 from xai_core.training.evaluation import evaluate
 from xai_core.training.kinds import KindEntry, kinds, kinds_of_method
 from xai_core.training.loop import LogRow, Training
 from xai_core.training.objective import Objective
 from xai_core.training.recipe import Recipe
-from xai_core.training.weights_file import digest_of, model_digest, read_about, read_trained, save_trained
+from xai_core.training.weights_file import (
+    checkpoint_id,
+    digest_of,
+    model_digest,
+    read_about,
+    read_trained,
+    save_trained,
+)
 
 __all__ = [
     "ClassifierOptions",
@@ -16,7 +23,7 @@ __all__ = [
     "Objective",
     "Recipe",
     "Training",
-    "accuracy",
+    "checkpoint_id",
     "digest_of",
     "evaluate",
     "kinds",
@@ -25,5 +32,4 @@ __all__ = [
     "read_about",
     "read_trained",
     "save_trained",
-    "train_classifier",
 ]

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Generator, Tensor, nn
 
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
 from xai_core.training.kinds import kinds
-from xai_core.training.loop import Training
-from xai_core.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -56,49 +53,3 @@ class CrossEntropy:
 def classifier_objective(model: Classifier, options: ClassifierOptions) -> CrossEntropy:
     """A timm classifier of one's own; its file is what ``model.checkpoint`` of a study names."""
     return CrossEntropy(model.module, model.normalise, options)
-
-
-#: Called after each epoch with its number from 1 and the mean loss of its batches.
-OnEpoch = Callable[[int, float], None]
-
-
-def train_classifier(
-    module: nn.Module,
-    pictures: Tensor,
-    labels: Tensor,
-    normalise: Callable[[Tensor], Tensor],
-    recipe: Recipe,
-    on_epoch: OnEpoch = lambda epoch, loss: None,
-) -> nn.Module:
-    """Trains a module in place by cross-entropy, and gives it back in evaluation mode.
-
-    Args:
-        pictures: uint8 ``[N, 3, H, W]``, held in memory; labels: ``[N]``.
-        normalise: pictures in [0, 1] to the module's input space.
-
-    Raises:
-        UsageError: the loss is no number; the message names the step.
-    """
-    device = next(module.parameters()).device
-    training = Training(CrossEntropy(module, normalise), pictures, labels, recipe, device=device)
-    while not training.done:
-        training.advance(training.steps_per_epoch)
-        loss = next(row.value for row in reversed(training.log) if row.name == "loss")
-        on_epoch(training.epoch, loss)
-    return module.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def accuracy(
-    module: nn.Module,
-    pictures: Tensor,
-    labels: Tensor,
-    normalise: Callable[[Tensor], Tensor],
-    batch_size: int = 256,
-) -> float:
-    """The share of uint8 pictures ``[N, 3, H, W]`` whose highest logit is their label."""
-    right = [
-        (module(normalise(batch.float() / 255)).argmax(dim=1) == known).sum()
-        for batch, known in zip(pictures.split(batch_size), labels.split(batch_size), strict=True)
-    ]
-    return torch.stack(right).sum().item() / len(labels)

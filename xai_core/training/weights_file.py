@@ -18,6 +18,8 @@ from xai_core.errors import UsageError
 from xai_core.models import Classifier, weights_digest
 
 _ABOUT = "trained"
+# Digits of a digest that stand in ids.
+_SHOWN = 12
 #: What ``about`` says at least: kind, what builds the network, digest of the explained model's weights or None.
 FACTS = ("kind", "config", "weights", "model")
 
@@ -101,6 +103,11 @@ def digest_of(path: Path | str) -> str:
     except OSError as error:
         raise UsageError(f"checkpoint: expected a file, got none at {path} ({error.strerror})") from None
     return _digest(str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+def checkpoint_id(path: Path | str) -> str:
+    """What stands for a file in the ids of methods: the first digits of :func:`digest_of`."""
+    return digest_of(path)[:_SHOWN]
 
 
 @lru_cache(maxsize=256)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
@@ -17,17 +16,11 @@ from xai_core.training.weights_file import digest_of, model_digest, read_trained
 KIND = "aha"
 
 
-def settings(model: Classifier, options: ExplainerOptions) -> dict[str, Any]:
-    """The ``config`` of a file: what builds the explainer again, and how its maps were judged."""
-    return dataclasses.asdict(options)
-
-
 @kinds.register(
     KIND,
     group="explainer",
     options=ExplainerOptions,
     paper="AHA, Learn to Rank: Visual Attribution by Learning Importance Ranking, 2026",
-    config=settings,
     explains_model=True,
     method="aha",
     reads_labels=lambda options: options.target == "label",
@@ -57,8 +50,7 @@ def trained_decoder(model: Classifier, path: str) -> Trained:
     """
     known = _read(model)
     # Weights that were changed in place are other weights: the file is then checked again.
-    state = tuple((one.data_ptr(), one._version) for one in model.module.state_dict(keep_vars=True).values())
-    key = (digest_of(path), model.dtype, state)
+    key = (digest_of(path), model.dtype, model_digest(model))
     if key not in known:
         known.clear()
         known[key] = _build(model, path)

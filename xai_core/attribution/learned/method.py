@@ -15,7 +15,7 @@ from xai_core.batching import run_batches
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
 from xai_core.registry import changed, methods, refuse_unread
-from xai_core.training.weights_file import digest_of
+from xai_core.training.weights_file import checkpoint_id
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class AhaOptions:
     def in_id(self) -> dict[str, Any]:
         """What stands in the id: what is off its default; the file by the digest of its content."""
         shown = changed(self)
-        return {**shown, "checkpoint": digest_of(self.checkpoint)[:12]} if self.checkpoint else shown
+        return {**shown, "checkpoint": checkpoint_id(self.checkpoint)} if self.checkpoint else shown
 
 
 def has_its_explainer(model: Classifier, options: AhaOptions) -> str | None:
