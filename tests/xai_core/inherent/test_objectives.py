@@ -98,12 +98,13 @@ def test_a_file_rebuilds_its_network(tmp_path: Path, ia_file: Path) -> None:
         steps(objective, 1)
         file = saved(model, tmp_path / f"{kind}.safetensors", kind, checkpoint=str(ia_file))
         config = read_trained(file, kinds=(kind,))[1]["config"]
-        spec = ModelSpec(config["name"], False, str(file), config["create_args"])
-        again = load_classifier(spec)
         pictures = model.normalise(bytes_of().float() / 255)
         model.module.eval()
-        with torch.no_grad():
-            assert torch.equal(again(pictures), model(pictures))
+        # Without arguments the file's own are taken.
+        for arguments in (config["create_args"], {}):
+            again = load_classifier(ModelSpec(config["name"], False, str(file), arguments))
+            with torch.no_grad():
+                assert torch.equal(again(pictures), model(pictures))
         assert len(config["importance"]) == 64
 
 
