@@ -9,8 +9,11 @@ from typing import Any, TextIO
 
 from tasks.execute import Receipt
 from tasks.stage_task import Progress
+from tasks.training.told import Word
 
 LINE_SECONDS = 10.0
+# Characters of a bar in a line of a log.
+BAR = 24
 ARTIFACT_SECONDS = 3.0
 WAITING = "waiting"
 
@@ -34,10 +37,11 @@ class BarProgress:
         self._bar: Any = None
         self._started = 0.0
         self._images = 0
+        self._remark = ""
 
     def begin(self, stage: str, units: int, images: int) -> None:
         """A new bar."""
-        self._started, self._images = time.monotonic(), 0
+        self._started, self._images, self._remark = time.monotonic(), 0, ""
         self._bar = self._bars.add_task(stage, total=max(units, 1), rate="")
 
     def advance(self, receipt: Receipt) -> None:
@@ -52,9 +56,17 @@ class BarProgress:
             self._bars.console.print(f"waiting: {reason}", highlight=False, soft_wrap=True)
             self._bars.update(self._bar, rate=WAITING)
 
+    def tell(self, word: Word, left: float | None) -> None:
+        """Moves the bar inside the unit under way; its remark stands above when it changes."""
+        if word.remark and word.remark != self._remark:
+            self._remark = word.remark
+            self._bars.console.print(word.remark, highlight=False, soft_wrap=True)
+        self._bars.update(self._bar, total=max(word.of, 1), completed=word.done, rate=word.units)
+
     def end(self, stage: str, executed: int, reused: int) -> None:
         """Fills the bar; says so when there was nothing to do."""
-        self._bars.update(self._bar, completed=max(executed, 1))
+        units = max(executed, 1)
+        self._bars.update(self._bar, total=units, completed=units)
         if not executed:
             self._bars.update(self._bar, rate=f"{reused} done before")
 
@@ -69,12 +81,13 @@ class LineProgress:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._started = self._said = 0.0
-        self._stage = self._waited = ""
+        self._stage = self._waited = self._remark = ""
         self._units = self._done = self._images = 0
 
     def begin(self, stage: str, units: int, images: int) -> None:
         """Says what there is to do."""
         self._started = self._said = time.monotonic()
+        self._remark = ""
         self._stage, self._units, self._done, self._images = stage, units, 0, 0
         if units:
             self._say(f"{stage}: {units} units" + (f", {images} images" if images else ""))
@@ -99,6 +112,13 @@ class LineProgress:
         if reason != self._waited or moment - self._said >= LINE_SECONDS:
             self._said, self._waited = moment, reason
             self._say(f"{self._stage}: waiting: {reason}")
+
+    def tell(self, word: Word, left: float | None) -> None:
+        """Says how far the unit under way is: whenever its remark changes, and every ten seconds."""
+        moment = time.monotonic()
+        if word.remark != self._remark or moment - self._said >= LINE_SECONDS:
+            self._said, self._remark = moment, word.remark
+            self._say(line(self._stage, word, left))
 
     def end(self, stage: str, executed: int, reused: int) -> None:
         """Says what was run and what had been done before."""
@@ -196,6 +216,15 @@ class Several:
         """Passes on."""
         for one in self._listeners:
             one.end(stage, executed, reused)
+
+
+def line(stage: str, word: Word, left: float | None) -> str:
+    """A word as a line with a bar; ``left``: seconds, None where nobody knows yet."""
+    full = round(BAR * word.done / max(word.of, 1))
+    bar = "█" * full + "░" * (BAR - full)
+    remark = f"  {word.remark}" if word.remark else ""
+    seconds = "" if left is None else f"  {left:.0f} s left"
+    return f"{stage}: {bar} {word.done}/{word.of} {word.units}{remark}{seconds}"
 
 
 def console_progress() -> BarProgress | LineProgress:

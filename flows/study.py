@@ -102,13 +102,16 @@ def _as_flow(study: Study, executor: Executor, api: Api) -> RunResult:
 
     from flows.progress import ArtifactProgress, Several, console_progress
     from flows.unheeded import Unheeded
+    from flows.watch import Watch
 
     @flow(name="vitrine-study", flow_run_name=study.run_id, validate_parameters=False)
     def study_flow(run_id: str, store: str) -> None:
         shown = console_progress()
         try:
             progress = Several([shown, Unheeded(ArtifactProgress(run_id), api.trouble)])
-            results.append(conduct(study, executor, progress, tasks=True))
+            training = study.config.training is not None
+            with Watch(study.store, study.run_id, shown) if training else nullcontext():
+                results.append(conduct(study, executor, progress, tasks=True))
         finally:
             shown.close()
         _leaderboard_artifact(study)

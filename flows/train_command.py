@@ -6,12 +6,10 @@ import shutil
 from pathlib import Path
 
 from flows.config import load_config
-from flows.watch import Watch
 from storage.commits import CommitRecord, Unit
 from storage.files import publish
 from storage.store import Store, open_store
 from tasks.config import StudyConfig
-from tasks.study import Study
 from tasks.training.stage import FILE, STAGE, TABLE
 from xai_core.errors import UsageError
 from xai_core.registry import methods, variant_id
@@ -32,10 +30,8 @@ def train(group: Group, config: Path, overrides: list[str], output: Path, store_
     chosen = load_config(config, [*NOTHING_ELSE, *overrides])
     entry = _entry(chosen, group)
     store = open_store(store_path, create=True)
-    study = Study(chosen, store)
-    with Watch(store, study.run_id):
-        result = run_study(chosen, store_path)
-    record = _record(store, study.run_id)
+    result = run_study(chosen, store_path)
+    record = _record(store, result.run_id)
     publish(output, lambda path: shutil.copyfile(store.read_file(record, FILE), path))
     _print(entry, store, record, output)
     print(f"report   {result.report}")

@@ -1,28 +1,29 @@
-"""Lines about a training while it runs, whichever process or machine it runs on."""
+"""Follows a training while it runs, whichever process or machine it runs on."""
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
+from typing import Protocol
 
-from flows.progress import LINE_SECONDS
 from storage.commits import Unit
 from storage.store import Store
 from tasks.training.stage import STAGE
 from tasks.training.told import SECONDS, Word, last_word
 
-BAR = 24
+
+class Listener(Protocol):
+    """Whoever is told how far a unit is."""
+
+    def tell(self, word: Word, left: float | None) -> None:
+        """So far it is; ``left``: seconds, None where nobody knows yet."""
 
 
 class Watch:
-    """Says how far a run's training is while its block lasts: at every epoch, and every ten seconds.
+    """Tells a listener how far a run's training is while its block lasts."""
 
-    It is printed where warnings are: bars that stand there move out of its way.
-    """
-
-    def __init__(self, store: Store, run_id: str) -> None:
-        self._store, self._run_id = store, run_id
+    def __init__(self, store: Store, run_id: str, listener: Listener) -> None:
+        self._store, self._run_id, self._listener = store, run_id, listener
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
@@ -35,7 +36,6 @@ class Watch:
         self._thread.join()
 
     def _look(self) -> None:
-        said: tuple[float, Word] | None = None
         began: tuple[float, Word] | None = None
         while not self._over.wait(SECONDS):
             word, moment = self._word(), time.monotonic()
@@ -43,23 +43,12 @@ class Watch:
                 continue
             if began is None or began[1].units != word.units:
                 began = moment, word
-            if said is None or word.remark != said[1].remark or moment - said[0] >= LINE_SECONDS:
-                said = moment, word
-                print(line(word, _left(word, began, moment)), file=sys.stderr, flush=True)
+            self._listener.tell(word, _left(word, began, moment))
 
     def _word(self) -> Word | None:
         run = self._store.runs.read(self._run_id)
         key = None if run is None else run.units().get(Unit(STAGE.name))
         return None if key is None else last_word(self._store.root / "work", key)
-
-
-def line(word: Word, left: float | None) -> str:
-    """A word as a line with a bar; ``left``: seconds, None where nobody knows yet."""
-    full = round(BAR * word.done / max(word.of, 1))
-    bar = "█" * full + "░" * (BAR - full)
-    remark = f"  {word.remark}" if word.remark else ""
-    seconds = "" if left is None else f"  {left:.0f} s left"
-    return f"{STAGE.name}: {bar} {word.done}/{word.of} {word.units}{remark}{seconds}"
 
 
 def _left(word: Word, began: tuple[float, Word], moment: float) -> float | None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from flows.config import load_config
 from flows.preflight import check_study
-from flows.watch import line
+from flows.progress import BarProgress, line
 from storage.store import open_store
 from tasks.config import StudyConfig
 from tasks.study import Study
@@ -130,10 +134,34 @@ def test_paths_in_a_config_are_relative_to_it(tmp_path: Path) -> None:
 
 
 def test_a_line_shows_how_far_it_is() -> None:
-    assert line(Word("steps", 6, 24, "epoch 1/4"), 18.2) == (
+    assert line("train", Word("steps", 6, 24, "epoch 1/4"), 18.2) == (
         "train: ██████░░░░░░░░░░░░░░░░░░ 6/24 steps  epoch 1/4  18 s left"
     )
-    assert line(Word("pictures", 0, 0), None) == f"train: {'░' * 24} 0/0 pictures"
+    assert line("train", Word("pictures", 0, 0), None) == f"train: {'░' * 24} 0/0 pictures"
+
+
+def test_a_bar_moves_inside_its_unit_and_ends_full() -> None:
+    screen = io.StringIO()
+    bars = BarProgress(Console(file=screen, force_terminal=True, width=120, color_system=None))
+    words = (Word("pictures", 16, 32), Word("steps", 6, 24, "epoch 1/4"), Word("steps", 9, 24, "epoch 1/4"))
+    try:
+        bars.begin("train", 1, 0)
+        for word in words:
+            bars.tell(word, None)
+            assert drawn(screen, rf"{word.done}/{word.of} +{word.units}"), screen.getvalue()
+        bars.end("train", 1, 0)
+        assert drawn(screen, r" 1/1 "), screen.getvalue()
+    finally:
+        bars.close()
+    assert screen.getvalue().count("epoch 1/4") == 1
+
+
+def drawn(screen: io.StringIO, pattern: str) -> bool:
+    """Whether it is on the screen before long: bars are drawn ten times a second."""
+    deadline = time.monotonic() + 30
+    while not re.search(pattern, screen.getvalue()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return re.search(pattern, screen.getvalue()) is not None
 
 
 # --- preflight ------------------------------------------------------------------------------------------------
