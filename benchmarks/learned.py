@@ -29,7 +29,11 @@ SEEDS = (0, 1, 2)
 #: Pictures and epochs of an explainer's training; seeds of the drawn scenes.
 PICTURES, EPOCHS, HELD_OUT = 256, 2, 64
 TRAINING_SCENES, HELD_OUT_SCENES = 5000, 91
-RIVALS = ("grad_cam", "integrated_gradients", "occlusion", "attn_lrp")
+#: The networks of the contest, and for each the methods that are tried beside it.
+RIVALS = {
+    "vitrine_demo_vit": ("grad_cam", "integrated_gradients", "occlusion", "attn_lrp"),
+    "vitrine_demo_resnet": ("grad_cam", "integrated_gradients", "occlusion", "lrp_epsilon_plus", "srd"),
+}
 #: Pixels a side of the planted mark, and how far it is from the corner.
 MARK, MARGIN = 16, 8
 
@@ -38,7 +42,7 @@ def run(device: str) -> None:
     """Prints the rows of this benchmark."""
     for name in COSTED:
         cost(name, device)
-    for name in COSTED[:1]:
+    for name in RIVALS:
         contest(name, device)
     shortcut(COSTED[0], device)
 
@@ -74,7 +78,7 @@ def contest(name: str, device: str) -> None:
         row(f"{name} aha seed {seed}, another image", **scores(model, images, targets, maps.roll(1, 0), inside))
     for control, maps in controls(inside).items():
         row(f"{name} {control}", **scores(model, images, targets, maps, inside))
-    for rival in RIVALS:
+    for rival in RIVALS[name]:
         maps = attribute(model, images, targets, method=rival)
         row(f"{name} {rival}", **scores(model, images, targets, maps, inside))
 

@@ -12,7 +12,8 @@ from tasks.choices import Frozen
 class DatasetConfig(Frozen):
     """Where images come from and in which order they are taken.
 
-    ``classes`` is a CSV (index, folder, name) for folders that are a subset of the model's classes;
+    ``classes`` is a CSV (index, folder, name) that says which of the model's classes a folder, or a label of a
+    Parquet file, is: for folders that are a subset of them, and for files that name no classes themselves;
     ``masks`` is a folder that mirrors the images, for the parser ``masks``; ``order_seed`` null keeps the
     source's own order; ``images`` and ``seed`` are the demo's.
     """
@@ -32,6 +33,6 @@ class DatasetConfig(Frozen):
             raise ValueError(f"kind {self.kind!r} needs a path: set dataset.path")
         if self.kind == "demo" and (self.path or self.classes or self.masks):
             raise ValueError("kind 'demo' draws its own images: remove path, classes and masks, or change kind")
-        if self.kind == "parquet" and (self.classes or self.masks):
-            raise ValueError("kind 'parquet' reads neither classes nor masks: remove them, or use kind: folder")
+        if self.kind == "parquet" and self.masks:
+            raise ValueError("kind 'parquet' reads no masks: remove them, or use kind: folder")
         return self

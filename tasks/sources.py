@@ -49,13 +49,21 @@ class DemoSource:
 
 
 def _folder(config: DatasetConfig) -> ImageSource:
-    return FolderSource(Path(str(config.path)), Path(config.classes) if config.classes else None)
+    return FolderSource(Path(str(config.path)), _classes(config))
+
+
+def _parquet(config: DatasetConfig) -> ImageSource:
+    return ParquetSource(Path(str(config.path)), _classes(config))
+
+
+def _classes(config: DatasetConfig) -> Path | None:
+    return Path(config.classes) if config.classes else None
 
 
 SOURCES: dict[str, Callable[[DatasetConfig], ImageSource]] = {
     "demo": lambda config: DemoSource(config.images, config.seed),
     "folder": _folder,
-    "parquet": lambda config: ParquetSource(Path(str(config.path))),
+    "parquet": _parquet,
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import stat
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from storage.errors import SourceError
 from storage.sources.base import ImageItem
+from storage.sources.classes import names_by_label, read_classes
 
 ENCODED = "percent-encoded:"
 # Larger than any picture of as many pixels as are decoded; a file without end would fill the memory.
@@ -72,10 +72,7 @@ class FolderSource:
     @cached_property
     def class_names(self) -> tuple[str, ...]:
         """Readable names by label; labels without a folder have an empty name."""
-        names = [""] * (max(label for label, _ in self._folders.values()) + 1)
-        for label, name in self._folders.values():
-            names[label] = name
-        return tuple(names)
+        return names_by_label(self._folders.values())
 
     def items(self) -> Iterator[ImageItem]:
         """Every image, class by class, in sorted order."""
@@ -134,27 +131,6 @@ def path_of(reference: str) -> str:
 def _readable(name: str) -> str:
     """A file name with a sign of doubt in place of every byte that is not UTF-8."""
     return os.fsencode(name).decode("utf-8", "replace")
-
-
-def read_classes(path: Path) -> dict[str, tuple[int, str]]:
-    """Label and readable name by folder name, from a CSV with a header.
-
-    Raises:
-        SourceError: no such file, or a row that is not an index from 0 and a folder name.
-    """
-    if not path.is_file():
-        raise SourceError(f"dataset.classes: expected a CSV file, got {path}")
-    with path.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.reader(stream))[1:]
-    return {row[1]: (int(row[0]), row[-1]) for row in rows if _is_class(path, row)}
-
-
-def _is_class(path: Path, row: list[str]) -> bool:
-    if row and not (len(row) > 1 and row[0].strip().isdigit()):
-        raise SourceError(
-            f"dataset.classes: expected rows of index, folder name and readable name in {path.name}, got {row}"
-        )
-    return bool(row)
 
 
 def _files(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[Path, os.stat_result | None]]:

@@ -13,15 +13,21 @@ import pyarrow.parquet as pq
 
 from storage.errors import SourceError
 from storage.sources.base import ImageItem
+from storage.sources.classes import names_by_label, read_classes
 
 # Row groups kept decoded: a shuffled shard comes back to each of them.
 CACHE_BYTES = 256 << 20
 
 
 class ParquetSource:
-    """Images in one Parquet file, or in all ``*.parquet`` files of a folder, in sorted order."""
+    """Images in one Parquet file, or in all ``*.parquet`` files of a folder, in sorted order.
 
-    def __init__(self, path: Path) -> None:
+    ``classes`` is a CSV as folders have it (its second column is not read): it says that labels are the model's
+    class numbers, and what they are called, where no hub wrote names into the file.
+    """
+
+    def __init__(self, path: Path, classes: Path | None = None) -> None:
+        self._classes = classes
         self.files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         if not self.files or not self.files[0].is_file():
             raise SourceError(f"dataset.path: expected a Parquet file or a folder of them, got {path}")
@@ -32,7 +38,9 @@ class ParquetSource:
 
     @cached_property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the labels from the file's own metadata, where a hub wrote them."""
+        """Names of the labels: those given, else from the file's own metadata, where a hub wrote them."""
+        if self._classes is not None:
+            return names_by_label(read_classes(self._classes).values())
         try:
             features = json.loads(self._schema.metadata[b"huggingface"])["info"]["features"]
             return tuple(features["label"]["names"])
@@ -83,7 +91,12 @@ class ParquetSource:
         if label is None:
             return None
         names = self.class_names or ()
-        return names[label] if 0 <= label < len(names) else str(label)
+        known = 0 <= label < len(names)
+        if self._classes is not None and not (known and names[label]):
+            raise SourceError(
+                f"dataset.classes: expected a row for every label, got none for {label} in {self._classes.name}"
+            )
+        return names[label] if known else str(label)
 
 
 def _checked_schema(path: Path) -> pa.Schema:

@@ -151,6 +151,24 @@ def test_labels_outside_the_named_classes_are_their_numbers(tmp_path: Path) -> N
     assert [item.label_name for item in ParquetSource(path).items()] == ["-1", "5"]
 
 
+def test_a_file_of_classes_names_the_labels_of_a_parquet_file(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [b"0", b"1"], [2, 0], ["cat", "dog", "owl"])
+    classes = tmp_path / "classes.csv"
+    classes.write_text("index,key,name\n0,a,tabby\n2,c,barn owl\n")
+    source = ParquetSource(path, classes)
+    assert source.class_names == ("tabby", "", "barn owl")
+    assert [(item.label, item.label_name) for item in source.items()] == [(2, "barn owl"), (0, "tabby")]
+
+
+@pytest.mark.parametrize("label", [1, 3, -1])
+def test_a_label_of_a_parquet_file_without_a_row_is_refused(tmp_path: Path, label: int) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [b"0", b"1"], [0, label])
+    classes = tmp_path / "classes.csv"
+    classes.write_text("index,key,name\n0,a,tabby\n2,c,barn owl\n")
+    with pytest.raises(SourceError, match=f"a row for every label, got none for {label} in classes.csv"):
+        list(ParquetSource(path, classes).items())
+
+
 def test_without_names_or_labels_there_are_none(tmp_path: Path) -> None:
     source = ParquetSource(write_parquet(tmp_path / "a.parquet", [b"0"], None))
     assert source.class_names is None
