@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from storage.canonical import digest_file
 from storage.schema import rows_to_table
 from tasks.concept_fit import fit_of, read_fitted
-from tasks.config import StudyConfig, options_of
+from tasks.config import Choice, options_of
 from tasks.labels import images_with_map, images_with_parts, read_maps, read_part_labels
 from tasks.stage import Context, Outcome, Stage
+from tasks.study import with_digests
 from tasks.targets import predicted_pictures, read_targets
 from tasks.truth import NEEDS, read_truth, reads_truth
 from tasks.worker import Pictures, study_classifier
 from xai_core.attribution.explainer import Explainer
 from xai_core.batching import Batches, try_batches
-from xai_core.errors import ImageError, NotFinite, UsageError
+from xai_core.errors import ImageError, NotFinite
 from xai_core.metrics import Evaluation, Evidence, evaluate, join_evaluations
 from xai_core.registry import methods, metrics
 
@@ -184,17 +184,9 @@ def _curve_rows(  # type: ignore[no-untyped-def]
     )
 
 
-def _checkpoints(config: StudyConfig) -> list[str]:
-    """Digests of the files that metrics read, so that other weights under the same name are noticed.
-
-    Raises:
-        UsageError: such a file is missing.
-    """
-    named = {choice.id: choice.options.get("checkpoint") for choice in config.metrics}
-    missing = [f"{name} reads {path}" for name, path in named.items() if path and not Path(path).is_file()]
-    if missing:
-        raise UsageError(f"metrics: expected the file of a checkpoint, got none: {'; '.join(missing)}")
-    return [digest_file(Path(path)) for path in named.values() if path]
+def _as_ingredient(choice: Choice) -> dict[str, Any]:
+    """A metric as it counts for results: its id, which stands in the rows, and files by their content."""
+    return {"id": choice.id, **with_digests(choice.model_dump(mode="json"))}
 
 
 STAGE = Stage(
@@ -202,8 +194,7 @@ STAGE = Stage(
     version=3,
     run=run,
     reads=lambda study, variant: {
-        "metrics": [choice.model_dump(mode="json") for choice in study.config.metrics],
-        "checkpoints": _checkpoints(study.config),
+        "metrics": [_as_ingredient(choice) for choice in study.config.metrics],
         "precision": study.config.run.precision,
     },
     upstream=lambda study, variant: (

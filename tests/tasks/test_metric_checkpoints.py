@@ -31,8 +31,15 @@ def test_other_weights_under_the_same_name_are_noticed(tiny_config: dict[str, An
     assert config.metrics[0].options["checkpoint"] == str(weights)
     before = reads(config, tmp_path / "store")
     assert reads(config, tmp_path / "store") == before
+    elsewhere = tmp_path / "moved"
+    elsewhere.mkdir()
+    (elsewhere / weights.name).write_bytes(b"one")
+    path = str(elsewhere / weights.name)
+    moved = load_config(document, [f"metrics=[{{name: randomisation, test: labels, checkpoint: {path}}}]"])
+    assert moved.metrics[0].options["checkpoint"] == path
+    assert reads(moved, tmp_path / "store") == before
     weights.write_bytes(b"two")
     assert reads(config, tmp_path / "store") != before
     weights.unlink()
-    with pytest.raises(UsageError, match="expected the file of a checkpoint, got none: randomisation"):
+    with pytest.raises(UsageError, match=r"expected a file, got none at .*shuffled\.safetensors"):
         reads(config, tmp_path / "store")
