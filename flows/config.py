@@ -31,6 +31,7 @@ PATH_KEYS: PathKeys = (
     ("training", "kind", "checkpoint"),
     ("training", "test", "path"),
     ("training", "test", "classes"),
+    ("importance", "networks"),
 )
 # The same of every method and metric that is chosen.
 CHOSEN_PATHS: PathKeys = (("checkpoint",), ("of", "checkpoint"))
@@ -95,8 +96,15 @@ def _listed(document: Mapping[str, Any], key: str) -> list[Any]:
 def _resolve(document: Any, keys: tuple[str, ...], folder: Path) -> None:
     for key in keys[:-1]:
         document = document.get(key) if isinstance(document, Mapping) else None
-    if isinstance(document, MutableMapping) and isinstance(document.get(keys[-1]), str):
-        document[keys[-1]] = str((folder / document[keys[-1]]).resolve())
+    if isinstance(document, MutableMapping) and isinstance(document.get(keys[-1]), (str, list)):
+        document[keys[-1]] = _resolved(document[keys[-1]], folder)
+
+
+def _resolved(given: Any, folder: Path) -> Any:
+    """A path, or each of several; what is none is told when the config is checked."""
+    if isinstance(given, list):
+        return [_resolved(one, folder) for one in given]
+    return str((folder / given).resolve()) if isinstance(given, str) else given
 
 
 def _apply(document: dict[str, Any], override: str) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from flows.preflight_concepts import check_cafe, check_graph
+from flows.preflight_importance import check_networks
 from flows.preflight_training import check_files, check_training
 from flows.preflight_truth import check_mask_folder, check_truth
 from tasks.concept_folder import concept_files
 from tasks.config import Choice, ConceptsConfig, ModelConfig, StudyConfig, options_of
+from tasks.predict import names_of_classes
 from tasks.study import Study
 from tasks.truth import known_needs, reads_truth
 from tasks.worker import classifier, resolve_device
@@ -29,7 +31,7 @@ REMEDIES = {
 
 
 def check_study(study: Study) -> None:
-    """Checks a study's model, training, layers, methods, metrics, target, masks and what is known of its images.
+    """Checks a study's model, training, networks, layers, methods, metrics, target and what its images show.
 
     Raises:
         UsageError: naming the config key, what was expected and what was got.
@@ -39,6 +41,7 @@ def check_study(study: Study) -> None:
     device = resolve_device(config.run.device)
     model = classifier(config.model.model_dump_json(), "cpu")
     check_training(study, model)
+    check_networks(study)
     _check_concepts(config.concepts, model)
     for position, choice in enumerate(config.methods):
         _name_key(f"methods.{position}", lambda choice=choice: _check_method(model, choice, config.run.precision))
@@ -52,7 +55,7 @@ def check_study(study: Study) -> None:
     if config.parts.parser.name == "masks":
         _check_masks(study)
     if reads_truth(config) and config.dataset.kind != "demo":
-        check_truth(study, model)
+        check_truth(study, names_of_classes(config.dataset, model, study.labels_are_classes))
 
 
 def _check_concepts(concepts: ConceptsConfig, model: Classifier) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from storage.sources.decode import upright_size
 from storage.sources.folder import open_file, path_of
 from tasks.config import DatasetConfig, TruthConfig
 from tasks.parts import mask_path
-from tasks.predict import names_of_classes
 from tasks.sources import open_source
 from tasks.study import Study
 from tasks.truth_files import (
@@ -27,7 +26,6 @@ from tasks.truth_files import (
     values_by_class,
 )
 from xai_core.errors import UsageError, nearest
-from xai_core.models import Classifier
 
 # Images whose masks or boxes are compared with their size before the run; the rest are checked as they are read.
 IMAGES_CHECKED = 10_000
@@ -35,14 +33,13 @@ IMAGES_CHECKED = 10_000
 MASKS_READ = 100
 
 
-def check_truth(study: Study, model: Classifier) -> None:
-    """Checks the masks or boxes that a study's metrics compare maps with.
+def check_truth(study: Study, names: Sequence[str]) -> None:
+    """Checks the masks or boxes that maps are compared with; ``names`` are those of the classes.
 
     Raises:
         UsageError: naming the config key, what was expected and what was got.
     """
     config = study.config
-    names = names_of_classes(config.dataset, model, study.labels_are_classes)
     if config.truth.boxes is not None:
         _check_boxes(study, config.truth.boxes, names)
         return
@@ -113,7 +110,7 @@ def _check_values(folder: Path, dataset: DatasetConfig, truth: TruthConfig) -> N
         )
 
 
-def _check_boxes(study: Study, path: str, names: tuple[str, ...]) -> None:
+def _check_boxes(study: Study, path: str, names: Sequence[str]) -> None:
     table = read_boxes(path, study.truth_files)
     dataset = study.config.dataset
     if table.labels and not class_numbers(table.labels, names):

@@ -129,6 +129,23 @@ TABLES: dict[str, pa.Schema] = {
     "training": pa.schema(
         _fields(epoch=pa.int32(), step=pa.int64(), split=pa.string(), name=pa.string(), value=pa.float64())
     ),
+    "importance_accuracy": pa.schema(
+        [
+            _ID,
+            *_fields(
+                network=pa.string(),
+                kind=pa.string(),
+                patch_size=pa.int32(),
+                direction=pa.string(),
+                threshold=pa.float64(),
+                correct=pa.bool_(),
+                masked=pa.float64(),
+            ),
+        ]
+    ),
+    "importance_scores": pa.schema(
+        [_ID, *_fields(network=pa.string(), metric=pa.string(), value=pa.float64(), reason=pa.string())]
+    ),
     "concept_exemplars": pa.schema(
         [
             *_fields(layer=pa.string(), extractor=pa.string(), concept_id=pa.int32(), rank=pa.int32()),

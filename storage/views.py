@@ -17,6 +17,10 @@ DESCRIPTIONS = {
     "concepts": "the concepts of every dictionary, with its fit",
     "sae_training": "the log of each sparse autoencoder's training: loss, Rel-l2, active and dead latents",
     "training": "the log of what is trained: means of every epoch, over pictures learnt from, held out or tested",
+    "importance_accuracy": "whether a network is right on every image as it is (direction own, threshold null), "
+    "without the patches below a threshold (insertion) or from it on (deletion); masked: their share",
+    "importance_scores": "sparsity of each network's importance, agreement with masks, and variation over seeds "
+    "(reproducibility; network then names the set); value is null where it is undefined, reason says why",
     "concept_exemplars": "the sampled vectors nearest to every concept, rank 0 the nearest, and where they stand",
     "concept_scores": "what an image's most important concepts do for its class, layer by layer, in logits",
     "concept_edges": "what concepts of one layer do for those of the next, or for the class, image by image",

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from tasks.choices import Choice, Frozen, MethodChoice, MetricChoice, ParserChoice, options_of
 from tasks.concept_config import ConceptsConfig
 from tasks.dataset_config import DatasetConfig
+from tasks.importance.config import EvaluationConfig
 from tasks.training.config import TrainingConfig
 from xai_core.models import ModelSpec
 from xai_core.precision import Precision
@@ -18,6 +19,7 @@ __all__ = [
     "Choice",
     "ConceptsConfig",
     "DatasetConfig",
+    "EvaluationConfig",
     "Frozen",
     "ModelConfig",
     "RunConfig",
@@ -25,6 +27,9 @@ __all__ = [
     "TrainingConfig",
     "options_of",
 ]
+
+
+LATER_SECTIONS = ("training", "importance")
 
 
 class ModelConfig(Frozen):
@@ -124,7 +129,9 @@ class ComputeConfig(Frozen):
 
 
 class StudyConfig(Frozen):
-    """One study: a model, a data set, methods, metrics and concepts, or something that learns from the images."""
+    """One study: a model, a data set, methods, metrics and concepts; something that learns from the images, or
+    networks that weigh their patches.
+    """
 
     # Part of file names and of a Prefect name template.
     name: str = Field(default="demo", pattern=r"^[A-Za-z0-9_ .+=,@-]{1,100}$")
@@ -143,6 +150,7 @@ class StudyConfig(Frozen):
     )
     concepts: ConceptsConfig = Field(default_factory=ConceptsConfig)
     training: TrainingConfig | None = None
+    importance: EvaluationConfig | None = None
     run: RunConfig = RunConfig()
     compute: ComputeConfig = ComputeConfig()
 
@@ -174,12 +182,13 @@ class StudyConfig(Frozen):
         return self
 
     @property
-    def only_trains(self) -> bool:
-        """Whether the study explains nothing: then nobody asks what the model says of the images."""
-        return self.training is not None and not self.methods and not self.concepts.layers
+    def asks_model(self) -> bool:
+        """Whether anybody asks what the model says of the images: not to train or evaluate networks alone."""
+        other = self.training is not None or self.importance is not None
+        return bool(self.methods or self.concepts.layers) or not other
 
     def identity(self) -> dict[str, Any]:
         """The config without what cannot change a result: how and where it is computed."""
         found = self.model_dump(mode="json", exclude={"compute": True, "run": {"batch_size", "device"}})
-        # Studies that train nothing keep the run ids that they had before any could.
-        return found if self.training is not None else {key: found[key] for key in found if key != "training"}
+        # Studies without these sections keep the run ids that they had before there were any.
+        return {key: value for key, value in found.items() if key not in LATER_SECTIONS or value is not None}

@@ -18,17 +18,19 @@ from tasks import (
     predict,
     truth,
 )
+from tasks.importance import seeds
+from tasks.importance import stage as importance_stage
 from tasks.report import stage as report_stage
 from tasks.stage import Stage
 from tasks.study import Study
 from tasks.training import stage as training_stage
 
 
-def _where_explained(stage: Stage) -> Stage:
-    """A stage that a study leaves out where it only trains something."""
+def _where_asked(stage: Stage) -> Stage:
+    """A stage that a study leaves out where nobody asks what its model says of the images."""
 
     def variants(study: Study) -> tuple[str, ...]:
-        return () if study.config.only_trains else stage.variants(study)
+        return stage.variants(study) if study.config.asks_model else ()
 
     return replace(stage, variants=variants)
 
@@ -38,8 +40,8 @@ STAGES: dict[str, Stage] = {
     for stage in (
         manifest.STAGE,
         training_stage.STAGE,
-        _where_explained(predict.STAGE),
-        _where_explained(parts.STAGE),
+        _where_asked(predict.STAGE),
+        _where_asked(parts.STAGE),
         truth.STAGE,
         pfv.STAGE,
         dictionary.STAGE,
@@ -49,6 +51,8 @@ STAGES: dict[str, Stage] = {
         concept_fit.STAGE,
         attribute.STAGE,
         metrics.STAGE,
+        importance_stage.STAGE,
+        seeds.STAGE,
         report_stage.STAGE,
     )
 }

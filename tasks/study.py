@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from storage.canonical import digest_bytes, digest_file, digest_json
 from storage.listing import Listing, build_listing
@@ -15,6 +15,9 @@ from storage.store import Store
 from tasks.config import DatasetConfig, ModelConfig, StudyConfig
 from tasks.sources import open_source
 from xai_core.training.weights_file import digest_of
+
+if TYPE_CHECKING:
+    from tasks.importance.networks import Network, SeedSet
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,20 @@ class Study:
             return None
         folder = self.store.root / "listings"
         return build_listing(open_source(training.test), folder, training.test.order_seed)
+
+    @cached_property
+    def networks(self) -> tuple[Network, ...]:
+        """The trained networks whose importance is evaluated."""
+        from tasks.importance.networks import networks_of
+
+        return networks_of(self.config)
+
+    @cached_property
+    def seed_sets(self) -> tuple[SeedSet, ...]:
+        """Those of them that one config trained with different seeds."""
+        from tasks.importance.networks import seed_sets
+
+        return seed_sets(self.networks)
 
     @cached_property
     def facts(self) -> Mapping[str, Any]:

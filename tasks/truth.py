@@ -17,10 +17,11 @@ from tasks.predict import class_names
 from tasks.quarantine import IMAGE_ERRORS
 from tasks.stage import Context, Outcome, Stage
 from tasks.targets import predicted_pictures, read_targets
-from tasks.truth_files import teller
+from tasks.truth_files import Teller, teller
 from tasks.truth_scenes import Drawn, drawn
 from tasks.worker import Pictures, study_classifier
 from xai_core.metrics.truth import INSIDE, OUTSIDE, UNKNOWN, Truth
+from xai_core.models import Classifier
 from xai_core.parts import part_areas
 from xai_core.parts.labels import NO_PART
 from xai_core.registry import Need, metrics
@@ -61,20 +62,32 @@ def _write_told(context: Context, pictures: Pictures) -> tuple[Pictures, Failed]
     """What files tell of the pictures; those kept, and the errors of the others."""
     model = study_classifier(context)
     tell = teller(context.config.truth, class_names(context, model), context.work.ingredients["config"]["files"])
-    sizes, targets = picture_sizes(context), read_targets(context, pictures).tolist()
+    masks, reasons, failed = told_masks(context, model, tell, pictures, read_targets(context, pictures).tolist())
+    kept = pictures.take([at for at in range(len(pictures)) if at not in failed])
+    _write_masks(context, kept, masks, reasons)
+    return kept, failed
+
+
+def told_masks(
+    context: Context, model: Classifier, tell: Teller, pictures: Pictures, classes: Sequence[int]
+) -> tuple[Tensor, list[str | None], Failed]:
+    """What files tell of the objects of some classes, one a picture, through a model's geometry.
+
+    Returns:
+        integer masks ``[k, H, W]`` of the pictures that did not fail, for each why it says nothing (None where it
+        says something), and the errors of the others.
+    """
+    sizes = picture_sizes(context)
     masks, reasons = [], []
     failed: Failed = {}
     for at, (image_id, path) in enumerate(zip(pictures.image_ids.tolist(), pictures.paths, strict=True)):
         try:
-            told = tell(path, sizes[image_id], targets[at])
+            told = tell(path, sizes[image_id], classes[at])
             masks.append(model.preprocess_mask(Image.fromarray(told.mask)))
             reasons.append(told.reason)
         except IMAGE_ERRORS as error:
             failed[at] = error
-    kept = pictures.take([at for at in range(len(pictures)) if at not in failed])
-    empty = torch.zeros(0, *model.input_size)
-    _write_masks(context, kept, torch.stack(masks) if masks else empty, reasons)
-    return kept, failed
+    return torch.stack(masks) if masks else torch.zeros(0, *model.input_size), reasons, failed
 
 
 def _write_drawn(context: Context, pictures: Pictures) -> tuple[Pictures, Failed]:

@@ -38,14 +38,15 @@ class Drawn:
 def drawn(context: Context, pictures: Pictures) -> Drawn:
     """The scenes of the demo's pictures, drawn again."""
     model = study_classifier(context)
-    scenes = [_scene(path) for path in pictures.paths]
+    scenes = [scene_of(path) for path in pictures.paths]
     empty = torch.zeros(0, *model.input_size, dtype=torch.uint8)
     labels = [true_labels(model, draw_scene(scene)) for scene in scenes]
     effects, failed = _effects(context, scenes, read_targets(context, pictures))
     return Drawn(scenes, torch.stack(labels) if labels else empty, effects, failed)
 
 
-def _scene(path: str) -> Scene:
+def scene_of(path: str) -> Scene:
+    """The scene behind a picture of the demo, by its path."""
     _, seed, index = path.split("/")
     return sample_scene(int(seed), int(index))
 

@@ -98,10 +98,14 @@ class Pictures:
 _kept: OrderedDict[str, Pictures] = OrderedDict()
 
 
-def load_pictures(context: Context) -> Pictures:
-    """The pictures of the context's shard, on its device; decoded once for all methods of a shard."""
+def load_pictures(context: Context, model: Classifier | None = None) -> Pictures:
+    """The pictures of the context's shard, on its device; decoded once for all who want them in the same way.
+
+    Args:
+        model: whose preprocessing they go through; the study's where None.
+    """
     manifest = context.record("manifest")
-    model = study_classifier(context)
+    model = study_classifier(context) if model is None else model
     name = digest_json([manifest.key, model.data_config, context.device, context.work.store])
     if name not in _kept:
         _kept[name] = _decode(context, model)

@@ -169,8 +169,12 @@ def line_chart(
     span: tuple[float, float],
     *,
     share: bool = False,
+    points: bool = False,
 ) -> ConceptChart:
-    """Lines with their bands, in the look of the report's other charts; ``share``: x runs from 0 to 100 %."""
+    """Lines with their bands, in the look of the report's other charts.
+
+    ``share``: x runs from 0 to 100 %; ``points``: they are shown where values were measured.
+    """
     from plotly import graph_objects
 
     look = {entry.method: entry for entry in entries}
@@ -184,7 +188,7 @@ def line_chart(
             graph_objects.Scatter(
                 x=rounded(line.x),
                 y=rounded(line.y),
-                mode="lines",
+                mode="lines+markers" if points else "lines",
                 line={"color": entry.colour, "width": 2.2, "dash": entry.dash},
                 # Plotly reads a few tags in names.
                 name=line.name.replace("<", "&lt;"),

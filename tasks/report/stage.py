@@ -16,6 +16,7 @@ from tasks.report.curves import mean_curves
 from tasks.report.data import Committed
 from tasks.report.figures import MOST_BANDS, curve_charts, in_groups, legend
 from tasks.report.gallery import gallery
+from tasks.report.importance import importance_of_run
 from tasks.report.leaderboard import board_of
 from tasks.report.training import training_of_run
 from tasks.report.truth import read_truth_table
@@ -40,8 +41,10 @@ def render(context: Context) -> str:
     timings = data.timings(committed)
     concepts = concepts_of_run(context, committed.results)
     training = training_of_run(committed.results, context.config.training)
-    figures = [*(json.loads(chart.json) for chart in charts), *(training.figures if training else ())]
-    figures += concepts.figures
+    importance = importance_of_run(context, committed.results)
+    figures = [json.loads(chart.json) for chart in charts]
+    for section in (training, importance, concepts):
+        figures += section.figures if section else []
     return template("report.html.j2").render(
         config=context.config,
         config_text=yaml.safe_dump(context.config.identity(), sort_keys=False, allow_unicode=True),
@@ -55,6 +58,7 @@ def render(context: Context) -> str:
         most_bands=MOST_BANDS,
         charts=in_groups(charts),
         training=training,
+        importance=importance,
         # In the order in which they stand on the page.
         figures=_script_json(figures),
         plotly=_plotly() if figures else "",

@@ -115,7 +115,12 @@ def test_rows(training: TrainingConfig, listing: Listing) -> Iterator[dict[str, 
     return listed(listing, None if training.test is None else training.test.limit)
 
 
-def check_labels(rows: Iterable[Mapping[str, Any]], num_classes: int, key: str) -> None:
+def check_labels(
+    rows: Iterable[Mapping[str, Any]],
+    num_classes: int,
+    key: str,
+    remedy: str = "set num_classes in model.create_args",
+) -> None:
     """Refuses pictures whose label the model has no logit for.
 
     Raises:
@@ -125,16 +130,13 @@ def check_labels(rows: Iterable[Mapping[str, Any]], num_classes: int, key: str) 
     for row in rows:
         seen = True
         if row["label"] is None or not 0 <= row["label"] < num_classes:
-            raise _wrong_label(key, num_classes, f"{row['label']} for {row['reference']}")
+            raise _wrong_label(key, num_classes, f"{row['label']} for {row['reference']}", remedy)
     if not seen:
-        raise _wrong_label(key, num_classes, "no pictures")
+        raise _wrong_label(key, num_classes, "no pictures", remedy)
 
 
-def _wrong_label(key: str, num_classes: int, got: str) -> UsageError:
-    return UsageError(
-        f"{key}: expected pictures with labels from 0 to {num_classes - 1}, got {got}; set num_classes in "
-        "model.create_args"
-    )
+def _wrong_label(key: str, num_classes: int, got: str, remedy: str) -> UsageError:
+    return UsageError(f"{key}: expected pictures with labels from 0 to {num_classes - 1}, got {got}; {remedy}")
 
 
 def deal(digests: Sequence[str], share: float, seed: int) -> Dealt:

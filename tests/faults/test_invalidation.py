@@ -238,7 +238,7 @@ def test_a_change_reruns_what_depends_on_it_and_nothing_else(run_chain: Chain, p
     assert run_chain(changed, place.store).counts == {}
 
 
-NOT_RUN = ("fit", "truth", "concept_graph", "cafe", "train")
+NOT_RUN = ("fit", "truth", "concept_graph", "cafe", "train", "importance", "importance_seeds")
 AFTER_CODE = {
     # The images are what they were: nothing else reads how they were listed.
     "manifest": {"manifest": 2, "report": 1},
@@ -255,7 +255,7 @@ AFTER_CODE = {
 
 # Not run here: no method learns from data (see tests/tasks/test_concept_fit.py), no metric reads the truth (see
 # tests/tasks/test_truth_files.py), no graph is made, no latent explained (see tests/tasks/test_concept_graph.py),
-# nothing is trained (see tests/tasks/test_training.py).
+# nothing is trained (see tests/tasks/test_training.py), no network evaluated (see tests/tasks/test_importance.py).
 @pytest.mark.parametrize("name", [name for name in STAGES if name not in NOT_RUN])
 def test_new_code_of_a_stage_reruns_it_and_what_reads_it(
     run_chain: Chain, place: Place, name: str, monkeypatch: pytest.MonkeyPatch

@@ -74,6 +74,7 @@ DEFAULTS = {
         "cafe": None,
     },
     "training": None,
+    "importance": None,
     "run": {
         "shard_size": 128,
         "batch_size": 32,

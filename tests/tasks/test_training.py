@@ -100,7 +100,7 @@ def planned(document: dict[str, Any], store: Store) -> Study:
 # --- the stage ------------------------------------------------------------------------------------------------
 
 
-def test_a_study_that_only_trains_runs_nothing_else(ran: Ran) -> None:
+def test_a_study_that_asks_model_runs_nothing_else(ran: Ran) -> None:
     assert ran.counts == {"manifest": 4, "train": 1, "report": 1}
     assert not (ran.store.root / "work").exists()
     assert verify_store(ran.store).damage == ()
@@ -272,10 +272,12 @@ def test_configs_that_mean_nothing_are_refused(changes: dict[str, Any], told: st
 def test_studies_that_train_nothing_keep_their_run_ids() -> None:
     config = StudyConfig()
     assert "training" not in config.identity()
-    assert not config.only_trains
+    assert "importance" not in config.identity()
+    assert config.asks_model
     document = study(Path("."))
     assert "training" in StudyConfig.model_validate(document).identity()
-    assert not StudyConfig.model_validate(config_with(document, methods=["grad_cam"])).only_trains
+    assert not StudyConfig.model_validate(document).asks_model
+    assert StudyConfig.model_validate(config_with(document, methods=["grad_cam"])).asks_model
 
 
 def test_labels_without_a_logit_are_refused(colours: Path, tmp_path: Path, run_chain: Chain) -> None:
