@@ -11,7 +11,7 @@ from tasks.importance.stage import SCORES, score_rows
 from tasks.importance.stage import STAGE as IMPORTANCE
 from tasks.stage import Context, Outcome, Stage
 from tasks.study import Study
-from xai_core.inherent.evaluation import deviations
+from xai_core.inherent.reproducibility import deviations
 
 #: The metric under which the stage's values stand.
 REPRODUCIBILITY = "reproducibility"

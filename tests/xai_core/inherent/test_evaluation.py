@@ -7,7 +7,8 @@ import torch
 
 from tests.xai_core.inherent.small import GRID, PATCH, SIDE, built, bytes_of, labels_of
 from xai_core.errors import UsageError
-from xai_core.inherent.evaluation import THRESHOLDS, evaluate, reproducibility
+from xai_core.inherent.evaluation import THRESHOLDS, evaluate
+from xai_core.inherent.reproducibility import reproducibility
 
 ARGUMENTS: dict[str, dict[str, object]] = {"ia": {}, "ea": {}, "pa": {"threshold": 0.4}}
 
