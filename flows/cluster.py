@@ -21,6 +21,9 @@ C = TypeVar("C", bound=Any)
 
 MOST_LOCAL_WORKERS = 4
 CONNECT_SECONDS = 15
+# How long a run waits without any worker. Local ones are started again when they die, within seconds; at the
+# scheduler that a config names others may join at any time.
+PATIENCE_SECONDS = 300.0
 
 # What fails in a worker comes back with its unit and is told once, in one line.
 SILENCE = {"DASK_LOGGING__DISTRIBUTED": "critical"}
@@ -37,6 +40,7 @@ def executor(
     Raises:
         UsageError: a scheduler that cannot be reached, or whose workers have no GPU where one is asked for.
         SchedulerLostError: the scheduler went away before the block's end.
+        WorkersLostError: local workers died and none came back.
     """
     from distributed import Client, fire_and_forget
 
@@ -56,7 +60,7 @@ def executor(
     ):
         for address in cluster.scheduler_info["workers"]:
             fire_and_forget(client.submit(warm_up, workers=[address], pure=False))
-        yield DaskExecutor(client, Placement(device, max(1, _cores() // workers)), check)
+        yield DaskExecutor(client, Placement(device, max(1, _cores() // workers)), check, PATIENCE_SECONDS)
 
 
 def warm_up() -> None:
@@ -80,6 +84,9 @@ def _local_cluster(compute: ComputeConfig, device: str, workers: int):  # type: 
         {
             "distributed.worker.daemon": False,
             "distributed.admin.tick.limit": "60s",
+            # By default a worker that died and is not back within 15 s is taken off for good, although it is being
+            # started again: on a busy machine a run would soon stand without workers.
+            "distributed.deploy.lost-worker-timeout": "1000 days",
             "distributed.nanny.pre-spawn-environ": {**GLIBC, **SILENCE, "OMP_NUM_THREADS": 1},
         }
     )

@@ -23,6 +23,10 @@ class SchedulerLostError(ConnectionError):
     """The Dask scheduler went away before the run ended."""
 
 
+class WorkersLostError(ConnectionError):
+    """No worker was left, and none came back."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """What every worker is told: its device kind and how many threads its arithmetic may use."""
@@ -49,21 +53,26 @@ def _own_device(device: str) -> str:
 class DaskExecutor:
     """Runs works on a Dask cluster; see ``tasks.stage_task.Executor``.
 
-    ``check`` is called about once a second while results are awaited; what it raises ends the run.
+    ``check`` is called about once a second while results are awaited; what it raises ends the run. ``patience``:
+    for how many seconds a run waits without any worker; for ever where None.
     """
 
-    def __init__(self, client: Any, placement: Placement, check: Callable[[], None]) -> None:
+    def __init__(
+        self, client: Any, placement: Placement, check: Callable[[], None], patience: float | None = None
+    ) -> None:
         self._client = client
         self._placement = placement
         self._check = check
+        self._patience = patience
 
     def run(self, works: list[Work]) -> Iterator[Receipt | Failure | Busy]:
         """Hands out all works in order and yields each result as it comes; futures are released at once.
 
         Raises:
             SchedulerLostError: the scheduler went away.
+            WorkersLostError: there was no worker for longer than the patience.
         """
-        feed = _Feed(self._client, self._placement, works)
+        feed = _Feed(self._client, self._placement, works, self._patience)
         try:
             while feed.unfinished:
                 self._check()
@@ -83,9 +92,11 @@ class _Feed:
     next, whatever the driver is busy with.
     """
 
-    def __init__(self, client: Any, placement: Placement, works: list[Work]) -> None:
+    def __init__(self, client: Any, placement: Placement, works: list[Work], patience: float | None) -> None:
         self._client = client
         self._placement = placement
+        self._patience = patience
+        self._seen = time.monotonic()
         self._on_gpu = placement.device == "cuda"
         self._waiting = deque(enumerate(works))
         self._running: dict[Any, Work] = {}
@@ -133,6 +144,14 @@ class _Feed:
             raise _lost(self._client) from None
         self._threads = max(1, sum(self._at_once(worker) for worker in workers))
         self._asked = time.monotonic()
+        if workers:
+            self._seen = self._asked
+        elif self._patience is not None and self._asked - self._seen > self._patience:
+            raise WorkersLostError(
+                f"compute.workers: expected Dask workers as long as the study runs, got none for "
+                f"{self._patience:g} s: they died and did not come back; what was committed is kept: see what "
+                "else the machine does (memory, processes), and run it again"
+            )
 
     def _at_once(self, worker: dict[str, Any]) -> int:
         """How many units a worker runs side by side."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import dask
 import pytest
+from dask.utils import parse_timedelta
 from distributed import Client, LocalCluster
 
 from flows.cluster import _closed, _refuse_missing_resources, executor, local_workers
+from flows.dispatch import DaskExecutor, Placement, WorkersLostError
 from flows.study import run_study
 from storage.errors import StoreError
 from storage.store import open_store
@@ -92,6 +95,24 @@ def test_a_unit_that_fails_is_a_failure_and_the_others_are_committed(
     assert isinstance(results[1], Failure)
     assert "IsADirectoryError" in results[1].error
     assert [store.done(work.unit, work.key) is not None for work in works] == [True, False, True]
+
+
+def test_a_run_that_no_worker_comes_back_to_ends(tmp_path: Path) -> None:
+    study = Study(StudyConfig.model_validate(TINY), open_store(tmp_path / "store", create=True))
+    works = to_run(Planner(study).stage(STAGES["manifest"]))
+    with (
+        LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None, silence_logs="ERROR") as empty,
+        Client(empty, set_as_default=False) as client,
+        pytest.raises(WorkersLostError, match=r"compute\.workers: expected Dask workers .* got none for 0\.1 s"),
+    ):
+        list(DaskExecutor(client, Placement("cpu", 1), lambda: None, patience=0.1).run(works))
+
+
+def test_a_local_worker_that_is_slow_to_come_back_is_not_given_up() -> None:
+    with executor(ComputeConfig(workers=1), "cpu"):
+        wait = dask.config.get("distributed.deploy.lost-worker-timeout")
+        # Dask starts workers again itself; after this time it would take one off that is not back yet.
+        assert parse_timedelta(wait) > 3600 * 24
 
 
 def test_local_workers_are_counted_from_the_machine() -> None:
