@@ -1,5 +1,7 @@
 """Attribution methods, a folder a family and a file an idea; importing this package registers them all."""
 
+# One method belongs to networks that explain themselves, and lives with them.
+from xai_core import inherent
 from xai_core.attribution import (
     attention,
     cam,
@@ -36,6 +38,7 @@ __all__ = [
     "concept_methods",
     "fit_method",
     "gradients",
+    "inherent",
     "join_scores",
     "kl_hessian",
     "learned",
