@@ -37,12 +37,13 @@ class BarProgress:
         self._bar: Any = None
         self._started = 0.0
         self._images = 0
-        self._remark = ""
+        self._stage = self._remark = ""
 
     def begin(self, stage: str, units: int, images: int) -> None:
         """A new bar."""
         self._started, self._images, self._remark = time.monotonic(), 0, ""
         self._bar = self._bars.add_task(stage, total=max(units, 1), rate="")
+        self._stage = stage
 
     def advance(self, receipt: Receipt) -> None:
         """Moves the bar by one unit."""
@@ -56,8 +57,10 @@ class BarProgress:
             self._bars.console.print(f"waiting: {reason}", highlight=False, soft_wrap=True)
             self._bars.update(self._bar, rate=WAITING)
 
-    def tell(self, word: Word, left: float | None) -> None:
-        """Moves the bar inside the unit under way; its remark stands above when it changes."""
+    def tell(self, stage: str, word: Word, left: float | None) -> None:
+        """Moves the bar inside a unit of the stage under way; its remark stands above when it changes."""
+        if stage != self._stage:
+            return
         if word.remark and word.remark != self._remark:
             self._remark = word.remark
             self._bars.console.print(word.remark, highlight=False, soft_wrap=True)
@@ -65,6 +68,7 @@ class BarProgress:
 
     def end(self, stage: str, executed: int, reused: int) -> None:
         """Fills the bar; says so when there was nothing to do."""
+        self._stage = ""
         units = max(executed, 1)
         self._bars.update(self._bar, total=units, completed=units)
         if not executed:
@@ -113,16 +117,18 @@ class LineProgress:
             self._said, self._waited = moment, reason
             self._say(f"{self._stage}: waiting: {reason}")
 
-    def tell(self, word: Word, left: float | None) -> None:
-        """Says how far the unit under way is: whenever its remark changes, and every ten seconds."""
+    def tell(self, stage: str, word: Word, left: float | None) -> None:
+        """Says how far a unit of the stage under way is: whenever its remark changes, and every ten seconds."""
+        if stage != self._stage:
+            return
         moment = time.monotonic()
         if word.remark != self._remark or moment - self._said >= LINE_SECONDS:
             self._said, self._remark = moment, word.remark
-            self._say(line(self._stage, word, left))
+            self._say(line(stage, word, left))
 
     def end(self, stage: str, executed: int, reused: int) -> None:
         """Says what was run and what had been done before."""
-        elapsed = time.monotonic() - self._started
+        elapsed, self._stage = time.monotonic() - self._started, ""
         if executed or reused:
             self._say(f"{stage}: {executed} run, {reused} done before, {elapsed:.1f} s")
 

@@ -15,8 +15,8 @@ from tasks.training.told import SECONDS, Word, last_word
 class Listener(Protocol):
     """Whoever is told how far a unit is."""
 
-    def tell(self, word: Word, left: float | None) -> None:
-        """So far it is; ``left``: seconds, None where nobody knows yet."""
+    def tell(self, stage: str, word: Word, left: float | None) -> None:
+        """So far a unit of a stage is, be this run at that stage or not; ``left``: seconds, None if unknown."""
 
 
 class Watch:
@@ -43,7 +43,7 @@ class Watch:
                 continue
             if began is None or began[1].units != word.units:
                 began = moment, word
-            self._listener.tell(word, _left(word, began, moment))
+            self._listener.tell(STAGE.name, word, _left(word, began, moment))
 
     def _word(self) -> Word | None:
         run = self._store.runs.read(self._run_id)

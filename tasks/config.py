@@ -29,9 +29,6 @@ __all__ = [
 ]
 
 
-LATER_SECTIONS = ("training", "importance")
-
-
 class ModelConfig(Frozen):
     """A timm model, its weights and what differs from its own preprocessing."""
 
@@ -128,10 +125,12 @@ class ComputeConfig(Frozen):
     memory_limit: str | None = None
 
 
+# Sections that came when stores were full of runs without them.
+_LATER = ("training", "importance")
+
+
 class StudyConfig(Frozen):
-    """One study: a model, a data set, methods, metrics and concepts; something that learns from the images, or
-    networks that weigh their patches.
-    """
+    """One study: a data set, and what is asked of it: a model explained, a training, networks' importance."""
 
     # Part of file names and of a Prefect name template.
     name: str = Field(default="demo", pattern=r"^[A-Za-z0-9_ .+=,@-]{1,100}$")
@@ -191,4 +190,4 @@ class StudyConfig(Frozen):
         """The config without what cannot change a result: how and where it is computed."""
         found = self.model_dump(mode="json", exclude={"compute": True, "run": {"batch_size", "device"}})
         # Studies without these sections keep the run ids that they had before there were any.
-        return {key: value for key, value in found.items() if key not in LATER_SECTIONS or value is not None}
+        return {key: value for key, value in found.items() if value is not None or key not in _LATER}

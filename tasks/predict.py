@@ -71,15 +71,20 @@ def names_of_classes(dataset: DatasetConfig, model: Classifier, labels_are_class
     return names
 
 
+def manifest_labels(context: Context, image_ids: np.ndarray) -> list[int | None]:
+    """The labels of some of the shard's pictures, None where there is none."""
+    manifest = context.store.read_table(context.record("manifest"), "manifest")
+    label_of = dict(zip(manifest["image_id"].to_pylist(), manifest["label"].to_pylist(), strict=True))
+    return [label_of[image_id] for image_id in image_ids.tolist()]
+
+
 def _labels(context: Context, image_ids: np.ndarray) -> np.ndarray:
     """The pictures' labels by manifest; -1 where there is none.
 
     Raises:
         UsageError: labels are the targets and an image has none.
     """
-    manifest = context.store.read_table(context.record("manifest"), "manifest")
-    label_of = dict(zip(manifest["image_id"].to_pylist(), manifest["label"].to_pylist(), strict=True))
-    labels = [label_of[image_id] for image_id in image_ids.tolist()]
+    labels = manifest_labels(context, image_ids)
     if context.config.target == "label" and None in labels:
         raise UsageError(
             f"target: 'label' needs a label for every image, image {image_ids[labels.index(None)]} has none; "

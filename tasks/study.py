@@ -6,18 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from storage.canonical import digest_bytes, digest_file, digest_json
 from storage.listing import Listing, build_listing
 from storage.sealed import read_sealed, write_sealed
 from storage.store import Store
 from tasks.config import DatasetConfig, ModelConfig, StudyConfig
+from tasks.importance.networks import Network, SeedSet, networks_of, seed_sets
 from tasks.sources import open_source
 from xai_core.training.weights_file import digest_of
-
-if TYPE_CHECKING:
-    from tasks.importance.networks import Network, SeedSet
 
 
 @dataclass(frozen=True)
@@ -146,15 +144,11 @@ class Study:
     @cached_property
     def networks(self) -> tuple[Network, ...]:
         """The trained networks whose importance is evaluated."""
-        from tasks.importance.networks import networks_of
-
         return networks_of(self.config)
 
     @cached_property
     def seed_sets(self) -> tuple[SeedSet, ...]:
         """Those of them that one config trained with different seeds."""
-        from tasks.importance.networks import seed_sets
-
         return seed_sets(self.networks)
 
     @cached_property

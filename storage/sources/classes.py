@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from storage.errors import SourceError
 
 
-def read_classes(path: Path) -> dict[str, tuple[int, str]]:
-    """Label and readable name by folder name, from a CSV with a header.
+@dataclass(frozen=True)
+class ClassRow:
+    """A class: its label, the folder that holds it, and its readable name."""
+
+    label: int
+    folder: str
+    name: str
+
+
+def read_classes(path: Path) -> list[ClassRow]:
+    """The classes in a CSV with a header, row by row; without a third column a class is called as its folder.
 
     Raises:
         SourceError: no such file, or a row that is not an index from 0 and a folder name.
@@ -19,7 +29,7 @@ def read_classes(path: Path) -> dict[str, tuple[int, str]]:
         raise SourceError(f"dataset.classes: expected a CSV file, got {path}")
     with path.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.reader(stream))[1:]
-    return {row[1]: (int(row[0]), row[-1]) for row in rows if _is_class(path, row)}
+    return [ClassRow(int(row[0]), row[1], row[-1]) for row in rows if _is_class(path, row)]
 
 
 def _is_class(path: Path, row: list[str]) -> bool:
@@ -30,9 +40,7 @@ def _is_class(path: Path, row: list[str]) -> bool:
     return bool(row)
 
 
-def names_by_label(classes: Collection[tuple[int, str]]) -> tuple[str, ...]:
+def names_by_label(classes: Iterable[tuple[int, str]]) -> tuple[str, ...]:
     """Readable names at their labels; a label that is not among the classes has an empty name."""
-    names = [""] * (max((label for label, _ in classes), default=-1) + 1)
-    for label, name in classes:
-        names[label] = name
-    return tuple(names)
+    known = dict(classes)
+    return tuple(known.get(label, "") for label in range(max(known, default=-1) + 1))

@@ -57,7 +57,7 @@ class FolderSource:
         present = [Path(path).name for path, found in _entries(self.root) if self._is_class(found)]
         if self._classes is None:
             return {name: (label, _readable(name)) for label, name in enumerate(present)}
-        known = read_classes(self._classes)
+        known = {row.folder: (row.label, row.name) for row in read_classes(self._classes)}
         unknown = [name for name in present if name not in known]
         if unknown:
             raise SourceError(

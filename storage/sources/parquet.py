@@ -40,7 +40,7 @@ class ParquetSource:
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the labels: those given, else from the file's own metadata, where a hub wrote them."""
         if self._classes is not None:
-            return names_by_label(read_classes(self._classes).values())
+            return names_by_label((row.label, row.name) for row in read_classes(self._classes))
         try:
             features = json.loads(self._schema.metadata[b"huggingface"])["info"]["features"]
             return tuple(features["label"]["names"])

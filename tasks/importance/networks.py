@@ -14,9 +14,9 @@ from tasks.config import StudyConfig
 from xai_core.errors import UsageError
 from xai_core.inherent.evaluation import check_importance
 from xai_core.models import Classifier, ModelSpec, load_classifier
+from xai_core.training.kinds import kinds
 from xai_core.training.weights_file import checkpoint_id, digest_of, read_about
 
-KINDS = ("ia", "ea", "pa")
 # Networks that a process keeps: all of a study's, for most studies, since each shard asks all of them.
 KEPT = 8
 # Characters of the digest of a set's members in its id.
@@ -121,7 +121,7 @@ def title(model: Classifier) -> str:
 @lru_cache(maxsize=64)
 def _described(path: str, digest: str) -> Network:
     """Read once a process and content, since every unit of a plan asks."""
-    about = read_about(path, kinds=KINDS)
+    about = read_about(path, kinds=[entry.name for entry in kinds if entry.group == "importance"])
     return Network(f"{about['kind']}[{checkpoint_id(path)}]", path, digest, about)
 
 

@@ -13,6 +13,7 @@ from storage.schema import rows_to_table
 from tasks.importance.config import EvaluationConfig
 from tasks.importance.masks import Masks, has_masks, masks_of
 from tasks.importance.networks import Network, load_network, networks_of, title
+from tasks.predict import manifest_labels
 from tasks.stage import Context, Outcome, Stage
 from tasks.study import Study
 from tasks.training.pictures import check_labels
@@ -73,9 +74,7 @@ def _labels(context: Context, model: Classifier, pictures: Pictures) -> Tensor:
     Raises:
         UsageError: a picture without one that the network has a logit for.
     """
-    rows = context.store.read_table(context.record("manifest"), "manifest").to_pylist()
-    label_of = {row["image_id"]: row["label"] for row in rows}
-    labels = [label_of[image_id] for image_id in pictures.image_ids.tolist()]
+    labels = manifest_labels(context, pictures.image_ids)
     if labels:
         named = ({"label": label, "reference": path} for label, path in zip(labels, pictures.paths, strict=True))
         check_labels(named, model.num_classes, "dataset", REMEDY)

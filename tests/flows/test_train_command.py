@@ -147,13 +147,18 @@ def test_a_bar_moves_inside_its_unit_and_ends_full() -> None:
     try:
         bars.begin("train", 1, 0)
         for word in words:
-            bars.tell(word, None)
+            bars.tell("train", word, None)
             assert drawn(screen, rf"{word.done}/{word.of} +{word.units}"), screen.getvalue()
         bars.end("train", 1, 0)
         assert drawn(screen, r" 1/1 "), screen.getvalue()
+        # Another run may be at this training while this one is at another stage.
+        bars.begin("report", 1, 0)
+        bars.tell("train", Word("steps", 11, 24, "epoch 2/4"), None)
+        assert drawn(screen, r"report .* 0/1 "), screen.getvalue()
     finally:
         bars.close()
     assert screen.getvalue().count("epoch 1/4") == 1
+    assert "epoch 2/4" not in screen.getvalue() and "11/24" not in screen.getvalue()
 
 
 def drawn(screen: io.StringIO, pattern: str) -> bool:

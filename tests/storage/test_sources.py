@@ -158,6 +158,9 @@ def test_a_file_of_classes_names_the_labels_of_a_parquet_file(tmp_path: Path) ->
     source = ParquetSource(path, classes)
     assert source.class_names == ("tabby", "", "barn owl")
     assert [(item.label, item.label_name) for item in source.items()] == [(2, "barn owl"), (0, "tabby")]
+    # Their folders mean nothing here, so that they may all be called the same.
+    classes.write_text("index,key,name\n0,,tabby\n2,,barn owl\n")
+    assert ParquetSource(path, classes).class_names == ("tabby", "", "barn owl")
 
 
 @pytest.mark.parametrize("label", [1, 3, -1])
