@@ -66,30 +66,33 @@ def cost(name: str, device: str, images: int = 16, repeats: int = 5) -> None:
 def contest(name: str, device: str) -> None:
     """Deletion and insertion on held-out scenes: an explainer of each seed, and what it is to beat."""
     model = load_classifier(ModelSpec(name), device)
-    images, targets, _, inside = held_out(model, device)
+    images, targets, _, regions = held_out(model, device)
     for seed in SEEDS:
         started = time.process_time()
         explainer = trained(model, seed, device)
         seconds = time.process_time() - started
         maps = full_maps(explainer, images, targets)
-        row(f"{name} aha seed {seed}", **scores(model, images, targets, maps, inside), seconds=seconds)
+        row(f"{name} aha seed {seed}", **scores(model, images, targets, maps, regions), seconds=seconds)
         others = full_maps(explainer, images, (targets + 1) % model.num_classes)
-        row(f"{name} aha seed {seed}, another class", **scores(model, images, targets, others, inside))
-        row(f"{name} aha seed {seed}, another image", **scores(model, images, targets, maps.roll(1, 0), inside))
-    for control, maps in controls(inside).items():
-        row(f"{name} {control}", **scores(model, images, targets, maps, inside))
+        row(f"{name} aha seed {seed}, another class", **scores(model, images, targets, others, regions))
+        row(f"{name} aha seed {seed}, another image", **scores(model, images, targets, maps.roll(1, 0), regions))
+    for control, maps in controls(regions).items():
+        row(f"{name} {control}", **scores(model, images, targets, maps, regions))
     for rival in RIVALS[name]:
         maps = attribute(model, images, targets, method=rival)
-        row(f"{name} {rival}", **scores(model, images, targets, maps, inside))
+        row(f"{name} {rival}", **scores(model, images, targets, maps, regions))
 
 
-def controls(inside: Tensor) -> dict[str, Tensor]:
-    """Maps that know nothing of the model: what finding the middle, or the toy, is worth by itself."""
-    height, width = inside.shape[-2:]
-    rows, columns = torch.arange(height, device=inside.device), torch.arange(width, device=inside.device)
+def controls(regions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Maps that know nothing of the model: what finding the middle, the toy or its deciding parts is worth."""
+    (count, height, width), device = regions["toy"].shape, regions["toy"].device
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     centre = -((rows[:, None] - height / 2) ** 2 + (columns - width / 2) ** 2).float()
-    toy = gaussian_blur(inside.float().unsqueeze(1), 6.0).squeeze(1)
-    return {"centre": centre.expand(len(inside), -1, -1), "toy mask": toy}
+    smooth = {
+        f"mask of the {name}": gaussian_blur(mask.float().unsqueeze(1), 6.0).squeeze(1)
+        for name, mask in regions.items()
+    }
+    return {"centre": centre.expand(count, -1, -1), **smooth}
 
 
 def shortcut(name: str, device: str) -> None:
@@ -125,7 +128,7 @@ def shortcut(name: str, device: str) -> None:
             row(
                 f"{name} shortcut seed {seed} refine={steps}",
                 **{"of the top pixels in the mark": share_in_mark(whole)},
-                **scores(model, marked, targets, whole, None),
+                **scores(model, marked, targets, whole, {}),
             )
 
 
@@ -174,17 +177,21 @@ def share_in_mark(maps: Tensor) -> float:
     return there.flatten()[top].double().mean().item()
 
 
-def scores(model: Classifier, images: Tensor, targets: Tensor, maps: Tensor, inside: Tensor | None) -> dict:
-    """Means of deletion and insertion, and the share of the highest tenth of pixels that lies inside the toy."""
+def scores(
+    model: Classifier, images: Tensor, targets: Tensor, maps: Tensor, regions: dict[str, Tensor]
+) -> dict[str, float]:
+    """Means of deletion and insertion, and the share of the highest tenth of pixels that lies in each region."""
     wanted = [
         (metrics.get(one), build_options(metrics.get(one), {"steps": 25})) for one in ("deletion", "insertion")
     ]
     values = evaluate(Evidence(model, images, targets, maps, batch_size=128), wanted).values
     found = {name.split("[")[0]: one.mean().item() for name, one in values.items()}
-    if inside is None:
-        return found
     top = maps.flatten(1).topk(maps[0].numel() // 10, dim=1).indices
-    return {**found, "top tenth in the toy": inside.flatten(1).gather(1, top).double().mean().item()}
+    inside = {
+        f"top tenth in the {name}": mask.flatten(1).gather(1, top).double().mean().item()
+        for name, mask in regions.items()
+    }
+    return {**found, **inside}
 
 
 def full_maps(explainer: LearnedExplainer, images: Tensor, targets: Tensor) -> Tensor:
@@ -193,8 +200,8 @@ def full_maps(explainer: LearnedExplainer, images: Tensor, targets: Tensor) -> T
     return upsample_map(maps, images.shape[-2:], "bilinear")
 
 
-def held_out(model: Classifier, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Held-out images, the model's top-1, the same with a mark, and where the toys are."""
+def held_out(model: Classifier, device: str) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Held-out images, the model's top-1, the same with a mark, and where the toys and what names them are."""
     drawn = [render(HELD_OUT_SCENES, index) for index in range(HELD_OUT)]
     pictures = (
         torch.from_numpy(np.stack([one.image for one in drawn])).permute(0, 3, 1, 2).to(device).float() / 255
@@ -202,8 +209,12 @@ def held_out(model: Classifier, device: str) -> tuple[Tensor, Tensor, Tensor, Te
     images = model.normalise(pictures)
     with torch.no_grad():
         targets = model(images).argmax(dim=1)
-    inside = torch.from_numpy(np.stack([one.object_mask for one in drawn])).to(device)
-    return images, targets, model.normalise(with_mark(pictures)), inside
+    masks = {
+        "toy": [one.object_mask for one in drawn],
+        "deciding parts": [one.part_masks[list(one.deciding)].any(axis=0) for one in drawn],
+    }
+    regions = {name: torch.from_numpy(np.stack(of_scene)).to(device) for name, of_scene in masks.items()}
+    return images, targets, model.normalise(with_mark(pictures)), regions
 
 
 def scenes(seed: int, count: int, device: str) -> tuple[Tensor, Tensor]:

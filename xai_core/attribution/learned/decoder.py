@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from xai_core.errors import UsageError
 from xai_core.layers import as_map, captured
 from xai_core.models import Classifier
+from xai_core.precision import full_precision
 
 #: Cells a side of the coarse scores: 784 cells are the most that a full permutation is made of.
 LARGEST_GRID = 28
@@ -184,5 +185,10 @@ class LearnedExplainer:
         return [as_map(self.model, outputs[name], name) for name in self.config.layers], logits
 
     def maps(self, features: Sequence[Tensor], images: Tensor, classes: Tensor) -> Tensor:
-        """Maps ``[B, K, h, w]`` of the classes ``[B, K]``, with the decoder's graph where gradients are on."""
-        return self.decoder(features, images, self.vectors[classes])
+        """Maps ``[B, K, h, w]`` of the classes ``[B, K]``, with the decoder's graph where gradients are on.
+
+        In full precision: a map is an order, and rounded to bfloat16 two of five places would share theirs.
+        """
+        dtype = self.vectors.dtype
+        with full_precision(images.device):
+            return self.decoder([one.to(dtype) for one in features], images.to(dtype), self.vectors[classes])
