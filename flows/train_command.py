@@ -10,14 +10,17 @@ from storage.commits import CommitRecord, Unit
 from storage.files import publish
 from storage.store import Store, open_store
 from tasks.config import StudyConfig
-from tasks.training.stage import FILE, STAGE, TABLE
+from tasks.stage import Stage
+from tasks.training import final_test
+from tasks.training.config import TrainingConfig
+from tasks.training.stage import FILE, STAGE
 from xai_core.errors import UsageError
 from xai_core.registry import methods, variant_id
 from xai_core.training.kinds import Group, KindEntry, kinds
 from xai_core.training.weights_file import digest_of
 
 # A study is asked for its training alone; `vitrine run` does all of it.
-NOTHING_ELSE = ("methods=[]", "metrics=[]", "concepts={}")
+NOTHING_ELSE = ("methods=[]", "metrics=[]", "concepts={}", "importance=null")
 
 
 def train(group: Group, config: Path, overrides: list[str], output: Path, store_path: Path) -> int:
@@ -28,18 +31,19 @@ def train(group: Group, config: Path, overrides: list[str], output: Path, store_
     if output.suffix != ".safetensors":
         raise UsageError(f"--output: expected a file named .safetensors, got {output.name!r}")
     chosen = load_config(config, [*NOTHING_ELSE, *overrides])
-    entry = _entry(chosen, group)
+    training = _training(chosen, group)
     store = open_store(store_path, create=True)
     result = run_study(chosen, store_path)
-    record = _record(store, result.run_id)
+    record = _record(store, result.run_id, STAGE)
     publish(output, lambda path: shutil.copyfile(store.read_file(record, FILE), path))
-    _print(entry, store, record, output)
+    tested = _record(store, result.run_id, final_test.STAGE) if training.test is not None else None
+    _print(training.entry, record, tested, output)
     print(f"report   {result.report}")
     return COMPLETE_WITH_QUARANTINE if result.quarantined else COMPLETE
 
 
-def _entry(config: StudyConfig, group: Group) -> KindEntry:
-    """The kind that a config trains, if it is of the group that is asked for."""
+def _training(config: StudyConfig, group: Group) -> TrainingConfig:
+    """What a config trains, if it is of the group that is asked for."""
     known = ", ".join(entry.name for entry in kinds if entry.group == group)
     if config.training is None:
         raise UsageError(f"training: expected a section with a kind ({known}), got none; add it to the config")
@@ -48,25 +52,24 @@ def _entry(config: StudyConfig, group: Group) -> KindEntry:
         raise UsageError(
             f"training.kind: expected {known}, got {entry.name}; use `vitrine train {entry.group}` for it"
         )
-    return entry
+    return config.training
 
 
-def _record(store: Store, run_id: str) -> CommitRecord:
-    run, unit = store.runs.read(run_id), Unit(STAGE.name)
+def _record(store: Store, run_id: str, stage: Stage) -> CommitRecord:
+    run, unit = store.runs.read(run_id), Unit(stage.name)
     record = None if run is None else store.done(unit, run.units()[unit])
     if record is None:
-        raise RuntimeError(f"run {run_id}: expected its training committed, found no record")
+        raise RuntimeError(f"run {run_id}: expected {stage.name} committed, found no record")
     return record
 
 
-def _print(entry: KindEntry, store: Store, record: CommitRecord, output: Path) -> None:
+def _print(entry: KindEntry, record: CommitRecord, tested: CommitRecord | None, output: Path) -> None:
     facts = record.facts
     print(f"pictures {facts['pictures']:,}, and {facts['held_out']:,} held out")
     if facts["score"] is not None:
         print(f"score    {facts['score']:.4g} on those held out, after epoch {facts['epoch']}")
-    for row in store.read_table(record, TABLE).to_pylist():
-        if (row["split"], row["name"]) == ("test", "score"):
-            print(f"test     {row['value']:.4g}, the score on the test pictures")
+    if tested is not None:
+        print(f"test     {tested.facts['score']:.4g}, the score on the test pictures")
     print(f"weights  {output}")
     print(f"digest   {digest_of(output)}")
     if entry.method is not None:

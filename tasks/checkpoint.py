@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 
 from safetensors.torch import load, save
 from torch import Tensor
@@ -58,6 +59,11 @@ class Checkpoint:
     def remove(self) -> None:
         """Removes it with what killed writers left, and the folder where no other training needs it."""
         self.path.unlink(missing_ok=True)
-        with suppress(OSError):  # Not there, or not empty.
-            remove_leftovers(self.path.parent)
-            self.path.parent.rmdir()
+        tidy(self.path.parent)
+
+
+def tidy(folder: Path) -> None:
+    """Removes what killed writers left in a folder of work under way, and the folder where no other needs it."""
+    with suppress(OSError):  # Not there, or not empty.
+        remove_leftovers(folder)
+        folder.rmdir()

@@ -23,6 +23,7 @@ from tasks.importance import stage as importance_stage
 from tasks.report import stage as report_stage
 from tasks.stage import Stage
 from tasks.study import Study
+from tasks.training import final_test
 from tasks.training import stage as training_stage
 
 
@@ -40,6 +41,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         manifest.STAGE,
         training_stage.STAGE,
+        final_test.STAGE,
         _where_asked(predict.STAGE),
         _where_asked(parts.STAGE),
         truth.STAGE,

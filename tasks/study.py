@@ -15,6 +15,7 @@ from storage.store import Store
 from tasks.config import DatasetConfig, ModelConfig, StudyConfig
 from tasks.importance.networks import Network, SeedSet, networks_of, seed_sets
 from tasks.sources import open_source
+from tasks.weight_files import file_state, without_files
 from xai_core.training.weights_file import digest_of
 
 
@@ -189,7 +190,7 @@ def describe_model(config: ModelConfig, store: Store) -> dict[str, Any]:
     """Name, arguments, preprocessing and weights digest of a model, as key ingredients."""
     return {
         "name": config.name,
-        "create_args": dict(config.create_args),
+        "create_args": without_files(config.create_args),
         "transform": dict(config.transform),
         "weights": model_facts(config, store)["weights"],
     }
@@ -198,7 +199,8 @@ def describe_model(config: ModelConfig, store: Store) -> dict[str, Any]:
 def model_facts(config: ModelConfig, store: Store) -> dict[str, Any]:
     """Weights digest and number of classes of a model, kept in the store so that it is loaded once only.
 
-    The digest of a checkpoint is its file's, read again whenever its size or time changed.
+    They are found again whenever a file that weights come from changed its size or time; a checkpoint's digest is
+    its file's.
     """
     path = store.root / "models" / f"{digest_bytes(_model_fingerprint(config).encode())[:24]}.json"
     facts = read_sealed(path)
@@ -210,10 +212,7 @@ def model_facts(config: ModelConfig, store: Store) -> dict[str, Any]:
 
 def _model_fingerprint(config: ModelConfig) -> str:
     fingerprint = digest_json(config.model_dump(mode="json"))
-    if config.checkpoint is not None and Path(config.checkpoint).is_file():
-        stat = Path(config.checkpoint).stat()
-        fingerprint += f":{stat.st_size}:{stat.st_mtime_ns}"
-    return fingerprint
+    return fingerprint + "".join(f":{size}:{time}" for _, size, time in file_state(config))
 
 
 def _load_facts(config: ModelConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tasks.config import ModelConfig
 from tasks.quarantine import IMAGE_ERRORS, set_aside
 from tasks.sources import open_source, read_listed
 from tasks.stage import Bad, Context
+from tasks.weight_files import FileState, file_state
 from xai_core.errors import UsageError
 from xai_core.models import Classifier, load_classifier
 
@@ -23,9 +24,14 @@ from xai_core.models import Classifier, load_classifier
 KEPT_SHARDS = 2
 
 
-@lru_cache(maxsize=2)
 def classifier(config_json: str, device: str) -> Classifier:
-    """The model of a config, built once per process; only its spec ever travels."""
+    """The model of a config, built once per process and content of its files; only its spec ever travels."""
+    return built_classifier(config_json, device, file_state(ModelConfig.model_validate_json(config_json)))
+
+
+@lru_cache(maxsize=2)
+def built_classifier(config_json: str, device: str, state: FileState) -> Classifier:
+    """The same, of files in the state that is told."""
     return load_classifier(ModelConfig.model_validate_json(config_json).spec(), device)
 
 

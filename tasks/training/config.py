@@ -18,12 +18,14 @@ class TrainingConfig(Frozen):
     """A kind with its options, the recipe, and the pictures that are kept from it.
 
     ``held_out``: the share of the pictures that the training does not see; after every epoch they are measured,
-    and the weights of the best one are taken. ``test``: other pictures, measured once at the end.
+    and the weights of the best one are taken; ``held_out_seed`` draws them: trainings of several recipe.seed learn
+    from the same pictures, and so do an EA or a PA and its IA. ``test``: others, measured once at the end.
     """
 
     kind: KindChoice
     recipe: Recipe = Field(default_factory=Recipe)
     held_out: float = Field(default=0.1, ge=0, lt=1)
+    held_out_seed: int = 0
     test: DatasetConfig | None = None
 
     @property

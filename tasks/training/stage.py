@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, astuple, replace
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from storage.canonical import digest_json
 from storage.schema import rows_to_table
 from tasks.checkpoint import Checkpoint
 from tasks.config import ModelConfig, StudyConfig
@@ -25,14 +25,13 @@ from tasks.training.pictures import (
     check_labels,
     deal,
     decode_study,
-    decode_test,
     labelled,
 )
 from tasks.training.told import Telling, Word, telling
 from tasks.worker import classifier
 from xai_core.errors import UsageError
 from xai_core.models import Classifier, load_classifier
-from xai_core.training import LogRow, Objective, Training, evaluate
+from xai_core.training import LogRow, Objective, Training
 from xai_core.training.weights_file import model_digest, trained_bytes
 
 # Steps between two looks at whether a checkpoint is due.
@@ -61,7 +60,7 @@ def build(training: TrainingConfig, model: ModelConfig, device: str) -> tuple[Cl
 
 def run(context: Context) -> Outcome:
     """The file ``trained`` and rows of ``training``; one that was killed goes on from its last checkpoint."""
-    config = _config(context.config)
+    config = training_of(context.config)
     model, objective = build(config, context.config.model, context.device)
     folder = context.store.root / "work"
     with ExitStack() as held:
@@ -69,21 +68,22 @@ def run(context: Context) -> Outcome:
         file = held.enter_context(picture_file(folder, model.input_size))
         decoded = decode_study(context, model, file, told)
         _check(config, decoded, model)
-        dealt = deal(decoded.digests, config.held_out, config.recipe.seed)
+        dealt = deal(decoded.digests, config.held_out, config.held_out_seed)
         training, begun = _train(context, objective, file, decoded, dealt, told)
         weights = training.weights()
-        tests = _test(context, training, weights, objective, model)
     score = _score(training)
-    _write(context, model, weights, [*training.log, *tests], {"epoch": training.best_epoch, "score": score})
+    _write(context, model, weights, training.log, {"epoch": training.best_epoch, "score": score})
     # The record is all that is left to write: were it lost, the training would be done again, to the same end.
     Checkpoint(context.store, context.work.key).remove()
     given, bad = len(decoded.labels) + len(decoded.bad), tuple(decoded.bad)
     counts = {"pictures": len(dealt.train), "held_out": len(dealt.held_out)}
-    facts = {**counts, "resumed_at": begun, "epoch": training.best_epoch, "score": score}
+    best = {"epoch": training.best_epoch, "step": training.best_epoch * training.steps_per_epoch, "score": score}
+    facts = {**counts, "resumed_at": begun, **best}
     return Outcome(given, len(decoded.labels), bad, facts)
 
 
-def _config(config: StudyConfig) -> TrainingConfig:
+def training_of(config: StudyConfig) -> TrainingConfig:
+    """The section of a study that trains something."""
     assert config.training is not None, "the stage has no variant without one"
     return config.training
 
@@ -99,7 +99,7 @@ def _train(
     context: Context, objective: Objective, file: PictureFile, decoded: Decoded, dealt: Dealt, told: Telling
 ) -> tuple[Training, int]:
     """The training at its end, and the step that it began at: that of its checkpoint, else 0."""
-    config = _config(context.config)
+    config = training_of(context.config)
     checkpoint = Checkpoint(context.store, context.work.key)
     pictures = torch.frombuffer(bytearray(decoded.content.encode()), dtype=torch.uint8)
     held_out = labelled(file, decoded.labels, dealt.held_out) if dealt.held_out else None
@@ -113,10 +113,13 @@ def _train(
     )
     begun = training.step
     while not training.done:
-        _advance(training, checkpoint)
+        with _last_good(checkpoint):
+            training.advance(LOOK_STEPS)
+            # A step's weights are looked at when the next one uses them, or here.
+            state = training.state() if checkpoint.due else None
         told.tell(Word("steps", training.step, training.steps, _remark(training, config.recipe.epochs)))
-        if checkpoint.due:
-            checkpoint.write({**training.state(), _CONTENT: pictures})
+        if state is not None:
+            checkpoint.write({**state, _CONTENT: pictures})
     return training, begun
 
 
@@ -128,9 +131,11 @@ def _state(checkpoint: Checkpoint, pictures: Tensor) -> dict[str, Tensor] | None
     return state
 
 
-def _advance(training: Training, checkpoint: Checkpoint) -> None:
+@contextmanager
+def _last_good(checkpoint: Checkpoint) -> Iterator[None]:
+    """Tells of numbers that are none with the checkpoint before them, and what to do."""
     try:
-        training.advance(LOOK_STEPS)
+        yield
     except UsageError as error:
         where = f" ({checkpoint.path})" if checkpoint.path.exists() else ""
         raise UsageError(
@@ -144,24 +149,6 @@ def _remark(training: Training, epochs: int) -> str:
     shown = [row for row in training.log if row.epoch == training.epoch and row.name in ("loss", "score")]
     values = ", ".join(f"{row.split.replace('_', '-')} {row.name} {row.value:.3g}" for row in shown)
     return f"epoch {min(training.epoch + 1, epochs)}/{epochs}{f', {values}' if values else ''}"
-
-
-def _test(
-    context: Context, training: Training, weights: dict[str, Tensor], objective: Objective, model: Classifier
-) -> list[LogRow]:
-    """What the final weights come to on the test pictures; empty where there are none."""
-    config = _config(context.config)
-    if config.test is None:
-        return []
-    objective.trained.load_state_dict(weights)
-    with picture_file(context.store.root / "work", model.input_size) as file:
-        labels = decode_test(context, model, file)
-        if config.entry.reads_labels(config.options):
-            rows = ({"label": label, "reference": f"picture {row}"} for row, label in enumerate(labels.tolist()))
-            check_labels(rows, model.num_classes, "training.test")
-        found = evaluate(objective, (file, labels), config.recipe, context.device)
-    epoch, steps = training.best_epoch, training.steps_per_epoch
-    return [LogRow(epoch, epoch * steps, "test", name, value) for name, value in found.items()]
 
 
 def _score(training: Training) -> float | None:
@@ -181,10 +168,8 @@ def _write(
     log: Sequence[LogRow],
     result: dict[str, Any],
 ) -> None:
-    names = list(LogRow.__dataclass_fields__)
-    columns = dict(zip(names, map(list, zip(*map(astuple, log), strict=True)), strict=True))
-    context.commit.table(TABLE, rows_to_table(TABLE, columns))
-    config, of_model = _config(context.config), context.work.ingredients["model"]
+    context.commit.table(TABLE, log_rows(log))
+    config, of_model = training_of(context.config), context.work.ingredients["model"]
     about = {
         "kind": config.kind.name,
         "config": json.loads(json.dumps(dict(config.entry.config(model, config.options)))),
@@ -196,21 +181,27 @@ def _write(
     context.commit.file(FILE, ".safetensors", trained_bytes(weights, about))
 
 
+def log_rows(log: Sequence[LogRow]) -> pa.Table:
+    """Rows of the table ``training``."""
+    names = list(LogRow.__dataclass_fields__)
+    columns = dict(zip(names, map(list, zip(*map(astuple, log), strict=True)), strict=True))
+    return rows_to_table(TABLE, columns)
+
+
 def reads(study: Study, variant: str) -> dict[str, Any]:
-    """The kind with its options, the recipe, how many pictures are held out, and what it is tested on."""
-    config, test = _config(study.config), study.test_listing
+    """The kind with its options, the recipe, and which pictures are held out."""
+    config = training_of(study.config)
     return {
         "kind": config.kind.name,
         "options": with_digests(config.kind.options),
         "recipe": asdict(config.recipe),
-        "held_out": config.held_out,
-        "test": None if test is None or config.test is None else digest_json([test.digest, config.test.limit]),
+        "held_out": [config.held_out, config.held_out_seed],
     }
 
 
 STAGE = Stage(
     name="train",
-    version=1,
+    version=2,
     run=run,
     reads=reads,
     upstream=lambda study, variant: (("manifest", ""),),

@@ -17,7 +17,7 @@ from tasks.config import StudyConfig
 from tasks.errors import StageError
 from tasks.stage import Work
 from tasks.study import Study
-from tasks.worker import classifier
+from tasks.worker import built_classifier, classifier
 from tests.conftest import Quiet, Ran, SerialExecutor, config_with
 from tests.flows.command import call
 from tests.memory import Meal, needs_limits, short_of_memory
@@ -356,7 +356,7 @@ def test_a_chain_short_of_memory_gives_what_one_with_enough_does(tmp_path: Path)
     plenty = conducted(study_of(folder, **shape), tmp_path / "plenty", SerialExecutor())
     model = {"create_args": {"fits": 2}}
     document = study_of(folder, model=model, **shape)
-    classifier.cache_clear()
+    built_classifier.cache_clear()
     short = conducted(document, tmp_path / "short", SerialExecutor())
     meal = classifier(StudyConfig.model_validate(document).model.model_dump_json(), "cpu").module.meal
     # All five images in predict, parts, pfv and by grad_cam; eight pictures in flat passes.

@@ -101,7 +101,7 @@ def planned(document: dict[str, Any], store: Store) -> Study:
 
 
 def test_a_study_that_asks_model_runs_nothing_else(ran: Ran) -> None:
-    assert ran.counts == {"manifest": 4, "train": 1, "report": 1}
+    assert ran.counts == {"manifest": 4, "train": 1, "train_test": 1, "report": 1}
     assert not (ran.store.root / "work").exists()
     assert verify_store(ran.store).damage == ()
     facts = record_of(ran.store).facts
@@ -164,12 +164,26 @@ def test_the_same_study_gives_the_same_bytes_and_another_seed_others(
     assert record_of(again.store).key == record_of(ran.store).key
 
 
+@pytest.mark.parametrize("test", [None, {"limit": 13}])
+def test_the_test_pictures_are_in_no_key_of_the_training(
+    ran: Ran, colours: Path, test: dict[str, Any] | None
+) -> None:
+    def keys(document: dict[str, Any]) -> dict[str, str | None]:
+        return {one.unit.stage: one.key for one in Planner(planned(document, ran.store)).all()}
+
+    before = keys(study(colours))
+    data = {"kind": "folder", "path": str(colours)}
+    after = keys(study(colours, test=None if test is None else {**data, **test}))
+    assert after["train"] == before["train"] == record_of(ran.store).key
+    assert after.get("train_test") != before["train_test"]
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"recipe": {"epochs": 7}},
         {"held_out": 0.3},
-        {"test": None},
+        {"held_out_seed": 1},
         {"kind": {"name": "classifier", "label_smoothing": 0.2}},
     ],
 )
