@@ -104,7 +104,7 @@ def _resolved(given: Any, folder: Path) -> Any:
     """A path, or each of several; what is none is told when the config is checked."""
     if isinstance(given, list):
         return [_resolved(one, folder) for one in given]
-    return str((folder / given).resolve()) if isinstance(given, str) else given
+    return str((folder / given).resolve()) if isinstance(given, str) and given else given
 
 
 def _apply(document: dict[str, Any], override: str) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from tasks.study import Study
 from tasks.training.pictures import check_labels, listed
 from tasks.training.stage import build
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
 from xai_core.registry import MethodEntry
-from xai_core.training import kinds_of_method, model_digest, read_about
+from xai_core.training import Objective, Recipe, evaluate, kinds_of_method, model_digest, read_about
 
 
 def check_training(study: Study, model: Classifier) -> None:
@@ -24,7 +26,8 @@ def check_training(study: Study, model: Classifier) -> None:
     if training is None:
         return
     try:
-        build(training, study.config.model, "cpu")
+        _, objective = build(training, study.config.model, "cpu")
+        _try(objective, training.recipe, model)
     except UsageError as error:
         raise UsageError(f"training.kind: {error}") from None
     if training.entry.reads_labels(training.options):
@@ -32,6 +35,21 @@ def check_training(study: Study, model: Classifier) -> None:
         if training.test is not None and study.test_listing is not None:
             rows = listed(study.test_listing, training.test.limit)
             check_labels(rows, model.num_classes, "training.test")
+
+
+def _try(objective: Objective, recipe: Recipe, model: Classifier) -> None:
+    """One blank picture through all of it: what does not fit together shows before the pictures are read."""
+    blank = torch.zeros(1, 3, *model.input_size, dtype=torch.uint8)
+    try:
+        evaluate(objective, (blank, torch.zeros(1, dtype=torch.long)), recipe)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        height, width = model.input_size
+        raise UsageError(
+            f"expected a model and options that take pictures of {height} x {width}, three colours, got from "
+            f"{model.spec.name}: {error}; look at model.create_args and the kind's options"
+        ) from None
 
 
 def check_files(model: Classifier, entry: MethodEntry, options: Any) -> None:

@@ -113,7 +113,7 @@ def _train(
     )
     begun = training.step
     while not training.done:
-        with _last_good(checkpoint):
+        with last_good(checkpoint):
             training.advance(LOOK_STEPS)
             # A step's weights are looked at when the next one uses them, or here.
             state = training.state() if checkpoint.due else None
@@ -132,7 +132,7 @@ def _state(checkpoint: Checkpoint, pictures: Tensor) -> dict[str, Tensor] | None
 
 
 @contextmanager
-def _last_good(checkpoint: Checkpoint) -> Iterator[None]:
+def last_good(checkpoint: Checkpoint) -> Iterator[None]:
     """Tells of numbers that are none with the checkpoint before them, and what to do."""
     try:
         yield

@@ -35,6 +35,40 @@ STUDY: dict[str, Any] = {
     "training": {"kind": "classifier", "recipe": {"epochs": 4, "batch_size": 8}, "held_out": 0.2},
     "run": {"shard_size": 16},
 }
+#: The same for what else is trained: an explainer of a frozen model, and a model that weighs its patches.
+STUDIES: dict[str, dict[str, Any]] = {
+    "classifier": STUDY,
+    "aha": {
+        **STUDY,
+        "dataset": {"kind": "demo", "images": 24},
+        "model": {"name": "vitrine_demo_vit"},
+        "training": {
+            "kind": {"name": "aha", "steps": 3},
+            "recipe": {"epochs": 3, "batch_size": 4, "shift": 0},
+            "held_out": 0.2,
+        },
+    },
+    "ia": {
+        **STUDY,
+        "model": {
+            "name": "vitrine_ia",
+            "pretrained": False,
+            "create_args": {
+                "num_classes": 12,
+                "img_size": 32,
+                "patch_size": 8,
+                "embed_dim": 16,
+                "importance_width": 8,
+                "component_width": 8,
+            },
+        },
+        "training": {
+            "kind": {"name": "ia"},
+            "recipe": {"epochs": 4, "batch_size": 8, "shift": 0},
+            "held_out": 0.2,
+        },
+    },
+}
 KILLS = 5
 
 
@@ -48,9 +82,10 @@ def weights(root: Path) -> str:
     return digest_file(store.read_file(trained(store), "trained"))
 
 
-@pytest.fixture(scope="module")
-def clean(warm: Warm) -> Clean:
-    return warm.clean(STUDY)
+@pytest.fixture(scope="module", params=STUDIES)
+def clean(warm: Warm, request: pytest.FixtureRequest) -> tuple[dict[str, Any], Clean]:
+    study = STUDIES[request.param]
+    return study, warm.clean(study)
 
 
 CHECKPOINT, RESULT = r"store/work/[^.]*\.checkpoint$", r"/files/train/"
@@ -60,25 +95,25 @@ MOMENTS = {("settle", CHECKPOINT): 5, ("rename", CHECKPOINT): 0, ("rename", RESU
 
 @pytest.mark.parametrize(("moment", "path"), MOMENTS)
 def test_a_training_that_is_killed_ends_in_the_same_weights(
-    warm: Warm, clean: Clean, tmp_path: Path, moment: str, path: str
+    warm: Warm, clean: tuple[dict[str, Any], Clean], tmp_path: Path, moment: str, path: str
 ) -> None:
+    study, unhurt = clean
     root, step = tmp_path / "store", MOMENTS[moment, path]
     faults = Faults(tmp_path, ({"moment": moment, "path": path},))
-    assert warm.run(STUDY, root, faults) == -signal.SIGKILL, warm.said()
+    assert warm.run(study, root, faults) == -signal.SIGKILL, warm.said()
     assert len(faults.fired()) == 1
     assert bool(list((root / "work").glob(".tmp-*pictures"))) == (path == CHECKPOINT)
-    assert warm.run(STUDY, root, Faults(tmp_path)) == 0, warm.said()
-    assert digest(root) == clean.digest
-    assert weights(root) == weights(clean.store.root)
+    assert warm.run(study, root, Faults(tmp_path)) == 0, warm.said()
+    assert digest(root) == unhurt.digest
+    assert weights(root) == weights(unhurt.store.root)
     begun = trained(open_store(root)).facts["resumed_at"]
     assert begun == step or (path == RESULT and begun > step)
     assert temporary(root) == []
     assert not (root / "work").exists()
 
 
-def test_a_training_that_is_killed_at_random_times_ends_in_the_same_weights(
-    warm: Warm, clean: Clean, tmp_path: Path
-) -> None:
+def test_a_training_that_is_killed_at_random_times_ends_in_the_same_weights(warm: Warm, tmp_path: Path) -> None:
+    clean = warm.clean(STUDY)
     chance, root, kills = random.Random(3), tmp_path / "store", 0
     while kills < KILLS:
         child = warm.start(STUDY, root, Faults(tmp_path))

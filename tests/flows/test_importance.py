@@ -17,14 +17,12 @@ from flows.preflight import check_study
 from storage.store import open_store
 from tasks.sources import open_source
 from tasks.study import Study
-from tests.conftest import REPOSITORY, write_folder
+from tests.conftest import write_folder
 from tests.flows.command import call, commits, executions, parsed, vitrine, write_config
 from tests.xai_core.inherent.small import built, saved
 from xai_core.errors import UsageError
 from xai_core.inherent.evaluation import THRESHOLDS
 from xai_core.training import digest_of
-
-CONFIGS = [REPOSITORY / "configs" / f"importance-{name}.yaml" for name in ("cifar10", "pets")]
 
 
 @pytest.fixture
@@ -169,14 +167,6 @@ def test_masks_are_looked_at(place: Path) -> None:
     mask.unlink()
     with pytest.raises(UsageError, match=r"truth\.masks: expected a mask for every image"):
         check(place, ["ia.safetensors"], truth=truth)
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configs_are_read(path: Path) -> None:
-    config = load_config(path)
-    assert config.importance is not None
-    assert config.model.checkpoint == config.importance.networks[0]
-    assert not config.asks_model
 
 
 def test_ids_are_those_of_the_files(place: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from rich.console import Console
 
 from flows.config import load_config
@@ -43,7 +42,6 @@ CLASSIFIER: dict[str, Any] = {
     },
     "compute": {"workers": 1},
 }
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "training").glob("*.yaml"))
 Done = subprocess.CompletedProcess[str]
 
 
@@ -97,6 +95,49 @@ def test_rows_of_the_training_are_asked_by_the_command(place: Path, trained: Don
         ("test", 2),
         ("train", 3 * 80),
     ]
+
+
+LEARNT: dict[str, tuple[str, dict[str, Any]]] = {
+    "aha": (
+        "explainer",
+        {"model": {"name": "vitrine_demo_vit"}, "training": {"kind": {"name": "aha", "steps": 3}}},
+    ),
+    "importance": (
+        "importance",
+        {
+            "model": {
+                "name": "vitrine_ia",
+                "pretrained": False,
+                "create_args": {
+                    "num_classes": 12,
+                    "img_size": 32,
+                    "patch_size": 8,
+                    "embed_dim": 16,
+                    "importance_width": 8,
+                    "component_width": 8,
+                },
+            },
+            "training": {"kind": "ia"},
+            # A study of its own, which asks for files that are not there yet.
+            "importance": {"networks": ["not-there-yet.safetensors"]},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("method", LEARNT)
+def test_what_explains_is_trained_alone_and_told_as_a_method(
+    tmp_path: Path, prefect_api: str, method: str
+) -> None:
+    group, document = LEARNT[method]
+    training = {**document["training"], "recipe": {"epochs": 1, "batch_size": 4}, "held_out": 0.2}
+    data = {"dataset": {"kind": "demo", "images": 10}, "compute": {"workers": 1}}
+    write_config(tmp_path / "c.yaml", {**document, **data, "training": training})
+    done = vitrine("train", group, "c.yaml", "-o", "out.safetensors", "--store", "store", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    digest = digest_of(tmp_path / "out.safetensors")
+    assert f"method   {method}[checkpoint={digest[:12]}]" in done.stdout
+    assert {one.split("/")[1] for one in commits(tmp_path / "store")} == {"manifest", "train", "report"}
 
 
 @pytest.mark.parametrize(
@@ -189,6 +230,10 @@ def test_a_training_that_can_be_done_passes(tmp_path: Path) -> None:
         ),
         ({"training": {"kind": "ia"}}, r"training\.kind: model\.name: expected vitrine_ia, got resnet18"),
         ({"training": {"kind": "ea"}}, r"training\.kind: .*vitrine_ea"),
+        (
+            {"model": {"create_args": {"num_classes": 12, "in_chans": 1}}},
+            r"training\.kind: expected a model and options that take pictures of 32 x 32, three colours, got from",
+        ),
     ],
 )
 def test_trainings_that_cannot_be_done_are_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
@@ -254,9 +299,3 @@ def test_a_file_for_another_model_is_refused_with_both_digests(tmp_path: Path) -
         check_files(model, entry, entry.options(checkpoint=str(path)))
     save_trained(path, model.module, {**about, "weights": model_digest(model)})
     check_files(model, entry, entry.options(checkpoint=str(path)))
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_configs_of_the_repository_are_read(path: Path) -> None:
-    config = StudyConfig.model_validate(yaml.safe_load(path.read_text()))
-    assert config.training is not None and config.training.recipe.epochs > 0

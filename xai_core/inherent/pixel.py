@@ -120,7 +120,7 @@ def pixel_architecture(config: PixelConfig, pretrained: bool = False) -> nn.Modu
 
 
 def _refuse_pickle(config: PixelConfig) -> None:
-    file = config.backbone_args.get("pretrained_cfg_overlay", {}).get("file")
+    file = (config.backbone_args.get("pretrained_cfg_overlay") or {}).get("file")
     if file is not None and not str(file).endswith(".safetensors"):
         raise UsageError(
             f"backbone_args.pretrained_cfg_overlay.file: expected a .safetensors file, got {str(file)!r}; pickles "

@@ -98,10 +98,10 @@ def digest_of(path: Path | str) -> str:
     Raises:
         UsageError: no such file.
     """
-    try:
-        stat = Path(path).stat()
-    except OSError as error:
-        raise UsageError(f"checkpoint: expected a file, got none at {path} ({error.strerror})") from None
+    if not Path(path).is_file():
+        got = f"none at {path}" if str(path) else "none named"
+        raise UsageError(f"checkpoint: expected a file, got {got}")
+    stat = Path(path).stat()
     return _digest(str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns)
 
 
