@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Generator, Tensor, nn
 
-from xai_core.attribution.learned.decoder import LARGEST_GRID, DecoderConfig, LearnedExplainer
+from xai_core.attribution.learned.decoder import LARGEST_GRID, DecoderConfig, LearnedExplainer, map_size
 from xai_core.attribution.learned.sinkhorn import relaxed_order, straight_through, with_gumbel_noise
 from xai_core.attribution.learned.trajectory import Term, areas, hard_shares, make_scene, shares, strata
 from xai_core.baselines import Baseline, BaselineKind
@@ -27,10 +27,11 @@ class AreaOptions:
 
     ``ranking``: ``map`` ranks every place of the map, in as many portions as there are steps; ``cells`` is a full
     permutation of ``cells`` x ``cells`` means of the map. ``steps`` T of a trajectory. ``temperature``,
-    ``final_temperature``: of the relaxed order at the start and at the end, falling geometrically; ``noise``:
-    scale of the Gumbel noise at the start, falling to 0 linearly; ``straight_through``: the pictures follow the
-    hard order, the gradient the relaxed one. ``deletion`` and ``insertion``: their baselines; ``sigma`` of blur.
-    ``negative_order``: least relevant first as well, reversed; new only where the baselines differ.
+    ``final_temperature``: of the relaxed order at the start and at the end, falling geometrically; ``iterations``:
+    Sinkhorn's, before Newton's steps; ``noise``: scale of the Gumbel noise at the start, falling to 0 linearly;
+    ``straight_through``: the pictures follow the hard order, the gradient the relaxed one. ``deletion`` and
+    ``insertion``: their baselines; ``sigma`` of blur. ``negative_order``: least relevant first as well, reversed;
+    new only where the baselines differ.
     """
 
     ranking: Ranking = "map"
@@ -38,6 +39,7 @@ class AreaOptions:
     steps: int = 8
     temperature: float = 0.3
     final_temperature: float = 0.03
+    iterations: int = 5
     noise: float = 0.1
     straight_through: bool = False
     deletion: BaselineKind = "blur"
@@ -59,6 +61,8 @@ class AreaOptions:
                 "aha.temperature: expected 0 < final_temperature <= temperature, "
                 f"got {self.final_temperature} and {self.temperature}"
             )
+        if self.iterations < 1:
+            raise UsageError(f"aha.iterations: expected at least 1, got {self.iterations}")
         if self.noise < 0 or self.sigma <= 0:
             raise UsageError(f"aha: expected noise >= 0 and sigma > 0, got {self.noise} and {self.sigma}")
         for name in ("deletion", "insertion"):
@@ -97,26 +101,21 @@ class AreaOptions:
         """The scores that are ranked, ``[B, h, w]``."""
         return maps if self.ranking == "map" else F.adaptive_avg_pool2d(maps.unsqueeze(1), self.cells).squeeze(1)
 
-    def relaxed_shares(self, maps: Tensor, progress: float, generator: Generator | None) -> tuple[Tensor, Tensor]:
-        """Shares of regions at the inner steps ``[B, S, h, w]`` of maps ``[B, h, w]``, and fractions ``[S]``."""
+    def relaxed_shares(self, maps: Tensor, progress: float, generator: Generator | None) -> Tensor:
+        """Shares of regions at the inner steps ``[B, S, h, w]``, of maps ``[B, h, w]``."""
         regions = self.regions(maps)
         scores, size = regions.flatten(1), regions.shape[-2:]
         portions = strata(scores.shape[1], self.steps)
         places = portions if self.ranking == "map" else torch.ones(scores.shape[1], dtype=torch.long)
         if generator is not None:
             scores = with_gumbel_noise(scores, self.noise * (1 - progress), generator)
-        order = relaxed_order(scores, places, self.temperature_at(progress))
+        order = relaxed_order(scores, places, self.temperature_at(progress), iterations=self.iterations)
         if self.straight_through:
             order = straight_through(order, scores, places)
         taken = shares(order)
         if self.ranking == "cells":
             taken = taken[:, portions.cumsum(0)[:-1].to(taken.device) - 1]
-        return taken.unflatten(2, size), fractions(portions).to(taken)
-
-
-def fractions(portions: Tensor) -> Tensor:
-    """The fraction of all regions that is taken at each inner step, ``[S]``."""
-    return portions.cumsum(0)[:-1] / portions.sum()
+        return taken.unflatten(2, size)
 
 
 @dataclass(frozen=True)
@@ -163,11 +162,20 @@ class AhaObjective:
 
     (AHA, abstract and methodology: deletion and insertion themselves, through a Gumbel-Sinkhorn order.) The
     explained model is frozen: gradients pass through it to the pictures, and none reaches its parameters.
+
+    Raises:
+        UsageError: more cells than the explainer's map has places.
     """
 
     def __init__(self, explainer: LearnedExplainer, options: LearningOptions | None = None) -> None:
         self.explainer = explainer
         self.options = LearningOptions() if options is None else options
+        side = min(map_size(explainer.config, explainer.model))
+        if self.options.ranking == "cells" and self.options.cells > side:
+            raise UsageError(
+                f"aha.cells: expected at most {side} a side, the places of the map at stride "
+                f"{explainer.config.stride}, got {self.options.cells}; set fewer cells, or a smaller stride"
+            )
 
     @property
     def trained(self) -> nn.Module:
@@ -182,9 +190,9 @@ class AhaObjective:
         options, terms = self.options, self.options.terms
         maps = self.explainer.maps(features, images, targets.view(-1, 1)).squeeze(1)
         with full_precision(images.device):
-            taken, fraction = options.relaxed_shares(maps.to(images.dtype), progress, generator)
+            taken = options.relaxed_shares(maps.to(images.dtype), progress, generator)
         scene = make_scene(self.explainer.model, images, targets, terms, options.passes, logits)
-        found = areas(scene, taken, fraction, terms, options.passes)
+        found = areas(scene, taken, terms, options.passes)
         means = found.detach().mean(dim=0)
         return signed(found, terms).mean(), {"deletion": means[0], "insertion": means[1]}
 
@@ -195,9 +203,8 @@ class AhaObjective:
         options, terms = self.options, self.options.terms[:2]
         maps = self.explainer.maps(features, images, targets.view(-1, 1)).squeeze(1).to(images.dtype)
         taken = hard_shares(maps.flatten(1), options.steps).unflatten(2, maps.shape[-2:])
-        fraction = fractions(strata(maps[0].numel(), options.steps)).to(images)
         scene = make_scene(self.explainer.model, images, targets, terms, options.passes, logits)
-        deletion, insertion = areas(scene, taken, fraction, terms, options.passes).unbind(dim=1)
+        deletion, insertion = areas(scene, taken, terms, options.passes).unbind(dim=1)
         return {"score": insertion - deletion, "deletion": deletion, "insertion": insertion}
 
     def _read(self, pictures: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:

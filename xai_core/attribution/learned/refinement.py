@@ -49,8 +49,8 @@ def refined(
             with full_precision(maps.device):
                 moved = F.interpolate(offset, size=maps.shape[-2:], mode="bilinear", align_corners=False)
                 current = start + moved.squeeze(1)
-                taken, fraction = options.relaxed_shares(current, 1.0, None)
-            loss = signed(areas(scene, taken, fraction, options.terms, passes), options.terms)
+                taken = options.relaxed_shares(current, 1.0, None)
+            loss = signed(areas(scene, taken, options.terms, passes), options.terms)
             together = loss.sum()
         better = loss.detach() < least
         least = torch.where(better, loss.detach(), least)

@@ -16,13 +16,13 @@ from torch.autograd.function import once_differentiable
 
 from xai_core.precision import full_precision
 
-#: Newton's steps behind the sweeps: quadratic, they end at rounding from what the sweeps leave.
+#: Newton's steps behind Sinkhorn's iterations: quadratic, they end at rounding from what those leave.
 NEWTON_STEPS = 5
 #: Of the rows' sizes, added to a matrix that is singular where the order is hard already.
 RIDGE = 1e-6
 
 
-def relaxed_order(scores: Tensor, sizes: Tensor, temperature: float, *, sweeps: int = 5) -> Tensor:
+def relaxed_order(scores: Tensor, sizes: Tensor, temperature: float, *, iterations: int = 5) -> Tensor:
     """The relaxed order of scores, highest first; as the temperature falls it tends to :func:`hard_order`.
 
     Scores and places are standardised, so that the temperature means the same whatever their scale and number:
@@ -31,7 +31,7 @@ def relaxed_order(scores: Tensor, sizes: Tensor, temperature: float, *, sweeps: 
     Args:
         scores: ``[B, n]``; sizes: whole numbers ``[m]`` that add to n, how many scores each place takes; n ones
             make a permutation.
-        sweeps: Sinkhorn's iterations before Newton's.
+        iterations: Sinkhorn's, before Newton's.
 
     Returns:
         ``[B, m, n]`` in the scores' type: columns add to 1, rows to ``sizes``, both to 1e-6 in float32 while a
@@ -40,7 +40,7 @@ def relaxed_order(scores: Tensor, sizes: Tensor, temperature: float, *, sweeps: 
         iteration is kept. Memory: about five times the result's.
     """
     with full_precision(scores.device):
-        return _Order.apply(standardised(scores), place_worths(sizes).to(scores), sizes, temperature, sweeps)
+        return _Order.apply(standardised(scores), place_worths(sizes).to(scores), sizes, temperature, iterations)
 
 
 def hard_order(scores: Tensor, sizes: Tensor) -> Tensor:
@@ -93,10 +93,10 @@ class _Order(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any, scores: Tensor, worths: Tensor, sizes: Tensor, temperature: float, sweeps: int
+        context: Any, scores: Tensor, worths: Tensor, sizes: Tensor, temperature: float, iterations: int
     ) -> Tensor:
         sizes = sizes.to(scores)
-        order = _solve(scores, worths, sizes, temperature, sweeps)
+        order = _solve(scores, worths, sizes, temperature, iterations)
         context.save_for_backward(order, worths, sizes)
         context.temperature = temperature
         return order
@@ -114,8 +114,8 @@ class _Order(torch.autograd.Function):
         return torch.einsum("bij,i->bj", weighted, worths) / context.temperature, None, None, None, None
 
 
-def _solve(scores: Tensor, worths: Tensor, sizes: Tensor, temperature: float, sweeps: int) -> Tensor:
-    """Sinkhorn's sweeps and Newton's steps from the potentials of the hard order, which are known in closed form.
+def _solve(scores: Tensor, worths: Tensor, sizes: Tensor, temperature: float, iterations: int) -> Tensor:
+    """Sinkhorn's iterations and Newton's steps, from the hard order's potentials, which are known in closed form.
 
     The kernel is taken relative to these potentials: no entry is above 1, and each score's at its own place is 1,
     so that no temperature makes a row or a column vanish. Of Newton's steps each image keeps the best.
@@ -125,7 +125,7 @@ def _solve(scores: Tensor, worths: Tensor, sizes: Tensor, temperature: float, sw
     across = kernel.transpose(1, 2)
     columns = 1 / kernel.sum(dim=1)
     rows = sizes / _times(kernel, columns)
-    for _ in range(sweeps):
+    for _ in range(iterations):
         columns = 1 / _times(across, rows)
         rows = sizes / _times(kernel, columns)
     best, least = rows, torch.full_like(rows[:, :1], torch.inf)

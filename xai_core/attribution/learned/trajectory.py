@@ -74,15 +74,14 @@ def make_scene(
     return Scene(model, targets, (images, clean), ends)
 
 
-def areas(scene: Scene, taken: Tensor, fraction: Tensor, terms: Sequence[Term], passes: int) -> Tensor:
+def areas(scene: Scene, taken: Tensor, terms: Sequence[Term], passes: int) -> Tensor:
     """The terms' areas ``[B, len(terms)]`` under the target's probability, as the metrics define them.
 
-    Trapezoids over the fraction of regions, both ends kept (``deletion`` and ``insertion``).
+    Trapezoids over the fraction of pixels, both ends kept (``deletion`` and ``insertion``).
 
     Args:
         taken: share of each region that is replaced (or revealed) at the inner steps, ``[B, S, h, w]``, nearest
             pixels; the areas' gradient reaches it, and nothing else.
-        fraction: of all regions at the inner steps, ``[S]``.
         passes: the most pictures in one pass of the model, with its gradient: what bounds memory.
     """
     images, inner = len(taken), taken.shape[1]
@@ -101,8 +100,25 @@ def areas(scene: Scene, taken: Tensor, fraction: Tensor, terms: Sequence[Term], 
     owners = torch.arange(len(spread), device=taken.device) // (len(terms) * inner)
     along = _Probability.apply(spread, scene, build, owners, passes).view(images, len(terms), inner)
     curve = torch.cat([ends[first].T.unsqueeze(2), along, ends[last].T.unsqueeze(2)], dim=2)
-    places = torch.cat([fraction.new_zeros(1), fraction, fraction.new_ones(1)]).to(curve)
-    return torch.trapezoid(curve, places, dim=2)
+    return torch.trapezoid(curve, _fractions(taken, pictures.shape[-2:]).to(curve).unsqueeze(1), dim=2)
+
+
+def _fractions(taken: Tensor, size: Sequence[int]) -> Tensor:
+    """The fraction of all pixels that is taken at each step, ``[B, S + 2]`` with both ends.
+
+    Where regions do not divide the picture some have more pixels than others, so the fraction is the order's.
+    """
+    height, width = taken.shape[-2:]
+    numbers = torch.arange(height * width, dtype=torch.float64, device=taken.device).view(1, 1, height, width)
+    owner = _enlarged(numbers, size).flatten().long()
+    pixels = torch.bincount(owner, minlength=height * width).view(height, width).to(taken)
+    inner = (taken * pixels).sum(dim=(2, 3)) / len(owner)
+    return torch.cat([torch.zeros_like(inner[:, :1]), inner, torch.ones_like(inner[:, :1])], dim=1)
+
+
+def _enlarged(regions: Tensor, size: Sequence[int]) -> Tensor:
+    """Regions ``[B, 1, h, w]`` to their pixels: each pixel belongs to the nearest."""
+    return F.interpolate(regions, size=tuple(size), mode="nearest")
 
 
 class _Probability(torch.autograd.Function):
@@ -122,7 +138,7 @@ class _Probability(torch.autograd.Function):
             pairs = torch.arange(rows.start, rows.stop, device=maps.device)
             with torch.set_grad_enabled(wanted):
                 leaf = maps[rows].detach().requires_grad_(wanted)
-                share = F.interpolate(leaf.unsqueeze(1), size=size, mode="nearest")
+                share = _enlarged(leaf.unsqueeze(1), size)
                 found = _probability(scene.model(build(pairs, share)), scene.targets[owners[rows]].view(-1, 1))
                 gradient = torch.autograd.grad(found.sum(), leaf)[0] if wanted else None
             return found.detach(), gradient

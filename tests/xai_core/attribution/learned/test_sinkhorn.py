@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from xai_core.attribution.learned import AreaOptions
 from xai_core.attribution.learned.sinkhorn import (
     hard_order,
     place_worths,
@@ -49,6 +50,23 @@ def test_it_is_what_sinkhorn_converges_to(sizes: Tensor, temperature: float) -> 
     scores = drawn(3, 7)
     slow = torch.stack([slow_sinkhorn(one, sizes, temperature) for one in scores])
     torch.testing.assert_close(relaxed_order(scores, sizes, temperature), slow, rtol=0, atol=1e-8)
+
+
+def test_more_iterations_leave_less_to_newton() -> None:
+    """Where the order is all but hard Newton's steps do not end it, and what Sinkhorn leaves is seen."""
+    scores = torch.cat([30 + drawn(1, 1), drawn(1, 99)], dim=1)
+    missing = [
+        float((relaxed_order(scores, ones(100), 1e-4, iterations=some).sum(2) - 1).abs().amax())
+        for some in (1, 30, 1000)
+    ]
+    assert missing == sorted(missing, reverse=True)
+    assert missing[0] > 2 * missing[-1]
+    shares = [
+        AreaOptions(ranking="cells", cells=10, temperature=1e-4, final_temperature=1e-4, iterations=some)
+        for some in (1, 1000)
+    ]
+    first, last = (one.relaxed_shares(scores.view(1, 10, 10), 1.0, None) for one in shares)
+    assert not torch.allclose(first, last, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["normal", "tied", "outlier", "constant", "two levels"])

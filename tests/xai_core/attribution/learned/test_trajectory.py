@@ -9,9 +9,8 @@ from torch import Tensor
 from tests.xai_core.measuring import chosen, evaluate
 from tests.xai_core.tiny import SIZE, pictures, tiny_cnn, tiny_vit
 from xai_core.attribution.learned import AreaOptions, ExplainerOptions
-from xai_core.attribution.learned.objective import fractions
-from xai_core.attribution.learned.trajectory import Term, areas, hard_shares, make_scene, strata
-from xai_core.baselines import Baseline
+from xai_core.attribution.learned.trajectory import Term, areas, hard_shares, make_scene
+from xai_core.baselines import Baseline, make_baseline
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
 from xai_core.parts import parse_parts
@@ -28,8 +27,7 @@ def random_maps(count: int, side: int = CELLS) -> Tensor:
 def relaxed(model: Classifier, maps: Tensor, options: AreaOptions, passes: int = 64) -> Tensor:
     images, targets = pictures(len(maps))
     scene = make_scene(model, images, targets, options.terms, passes, None)
-    taken, fraction = options.relaxed_shares(maps, 1.0, None)
-    return areas(scene, taken, fraction, options.terms, passes)
+    return areas(scene, options.relaxed_shares(maps, 1.0, None), options.terms, passes)
 
 
 def metric(
@@ -74,13 +72,44 @@ def test_the_hard_area_is_the_metric_of_parts() -> None:
     terms = (Term("image", Baseline("mean"), 1.0), Term("baseline", Baseline("mean"), -1.0))
     scene = make_scene(model, images, targets, terms, 64, None)
     taken = hard_shares(maps.flatten(1), CELLS**2).unflatten(2, maps.shape[-2:])
-    found = areas(scene, taken, fractions(strata(CELLS**2, CELLS**2)), terms, 64)
+    found = areas(scene, taken, terms, 64)
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-9)
 
 
-def test_gradients_reach_the_map_through_model_and_order() -> None:
+def slow_area(model: Classifier, cells: Tensor, image: Tensor, target: Tensor, insertion: bool) -> float:
+    """One image, cell by cell, by the metric's own words: the probability over the fraction of pixels."""
+    side, filled = len(cells), make_baseline(Baseline("blur"), model, image[None])[0]
+    owner = [[row * side // SIZE * side + column * side // SIZE for column in range(SIZE)] for row in range(SIZE)]
+    mask = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    states = [mask.clone()]
+    for cell in cells.flatten().argsort(descending=True).tolist():
+        mask |= torch.tensor(owner) == cell
+        states.append(mask.clone())
+    start, end = (filled, image) if insertion else (image, filled)
+    shown = torch.stack([torch.where(state, end, start) for state in states])
+    probability = model(shown).softmax(dim=1)[:, target]
+    fractions = torch.tensor([float(state.sum()) / SIZE**2 for state in states], dtype=torch.float64)
+    return float(torch.trapezoid(probability, fractions))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("cells", [3, 5, 7])
+def test_cells_that_do_not_divide_the_picture_weigh_as_their_pixels(name: str, cells: int) -> None:
+    model, maps = MODELS[name](), random_maps(3, cells)
+    images, targets = pictures(3)
+    options = AreaOptions(ranking="cells", cells=cells, steps=cells**2, temperature=1.0, final_temperature=1e-6)
+    slow = [
+        [slow_area(model, *one, insertion) for insertion in (False, True)]
+        for one in zip(maps, images, targets, strict=True)
+    ]
+    found = relaxed(model, maps, options)
+    torch.testing.assert_close(found, torch.tensor(slow, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("ranking", [{}, {"ranking": "cells", "cells": 3}], ids=["map", "cells"])
+def test_gradients_reach_the_map_through_model_and_order(ranking: dict) -> None:
     model = tiny_cnn()
-    options = AreaOptions(steps=3, final_temperature=0.2)
+    options = AreaOptions(steps=3, final_temperature=0.2, **ranking)
     maps = random_maps(2).requires_grad_(True)
     assert torch.autograd.gradcheck(lambda one: relaxed(model, one, options), maps, atol=1e-6)
     assert all(parameter.grad is None for parameter in model.module.parameters())
@@ -124,6 +153,7 @@ def test_least_relevant_first_is_the_positive_order_backwards() -> None:
         ({"temperature": 0.01}, "final_temperature"),
         ({"final_temperature": 0.0}, "final_temperature"),
         ({"noise": -1.0}, "noise"),
+        ({"iterations": 0}, "aha.iterations"),
         ({"deletion": "white"}, "aha.deletion"),
         ({"sigma": 3.0, "deletion": "black", "insertion": "mean"}, "aha.sigma"),
         ({"target": "top5"}, "aha.target"),
