@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -127,14 +128,14 @@ class Classifier:
         Raises:
             UsageError: the model has no such layer; the message gives the nearest ones.
         """
-        modules = dict(self.module.named_modules())
-        if not name or name not in modules:
-            known = [known for known in modules if known]
-            raise UsageError(
-                f"layer {name!r}: expected a module of {self.spec.name}, got none of that name; "
-                + nearest(name, known if len(known) < 40 else _outer_layers(self.module, name, known))
-            )
-        return modules[name]
+        with suppress(AttributeError):
+            if name:
+                return self.module.get_submodule(name)
+        known = [known for known, _ in self.module.named_modules() if known]
+        raise UsageError(
+            f"layer {name!r}: expected a module of {self.spec.name}, got none of that name; "
+            + nearest(name, known if len(known) < 40 else _outer_layers(self.module, name, known))
+        )
 
     @cached_property
     def _transform(self) -> Any:

@@ -20,8 +20,9 @@ from tasks.training.pictures import check_labels
 from tasks.worker import Pictures, load_pictures
 from xai_core.batching import Batches, try_batches
 from xai_core.errors import ImageError, NotFinite, UsageError
-from xai_core.inherent.evaluation import OF_MASKS, Evaluation, evaluate_images, join_evaluations
+from xai_core.inherent.evaluation import Evaluation, evaluate_images, join_evaluations
 from xai_core.inherent.patches import grid_side
+from xai_core.inherent.semanticity import OF_MASKS
 from xai_core.models import Classifier
 
 ACCURACY, SCORES = "importance_accuracy", "importance_scores"
@@ -188,7 +189,7 @@ def reads(study: Study, variant: str) -> dict[str, Any]:
 
 STAGE = Stage(
     name="importance",
-    version=1,
+    version=2,
     run=run,
     reads=reads,
     upstream=lambda study, variant: (("manifest", ""),),

@@ -24,8 +24,11 @@ HEADINGS: dict[str, tuple[str, bool | None]] = {
     "accuracy": ("accuracy", True),
     "masked": ("share masked", None),
     "sparsity": ("sparsity s", False),
+    "blank_correlation": ("correlation with a blank picture's", False),
     "segmentation_difference": ("segmentation difference d", False),
     "macro_iou": ("macro IoU", True),
+    "blank_segmentation_difference": ("d of a blank picture's", None),
+    "blank_macro_iou": ("macro IoU of a blank picture's", None),
     "reproducibility": ("reproducibility r", False),
 }
 # What is hidden in either direction, and how its lines look.

@@ -16,7 +16,7 @@ from tasks.bootstrap import bootstrap_means
 from tasks.importance.seeds import REPRODUCIBILITY
 from tasks.importance.seeds import STAGE as SEEDS
 from tasks.importance.stage import ACCURACY, SCORES, STAGE
-from xai_core.inherent.evaluation import OF_IMPORTANCE, OF_MASKS
+from xai_core.inherent.semanticity import OF_IMPORTANCE, OF_MASKS
 
 #: The values that a picture has, in the order in which they are told.
 VALUES = ("accuracy", "masked", *OF_IMPORTANCE, *OF_MASKS, REPRODUCIBILITY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +15,14 @@ from xai_core.errors import UsageError
 from xai_core.inherent.checkpoint import has_importance
 from xai_core.inherent.patches import check_threshold, enlarge, kept_patches
 from xai_core.inherent.pixel import PixelMasking
-from xai_core.metrics.evaluate import evaluate as measure
-from xai_core.metrics.evidence import Evidence
-from xai_core.metrics.semanticity import ImportanceOptions
-from xai_core.metrics.truth import Truth
+from xai_core.inherent.semanticity import semanticity
 from xai_core.models import Classifier
 from xai_core.precision import Precision, own_modes
-from xai_core.registry import metrics
 from xai_core.training.evaluation import Pictures, matched, picked
 
 Direction = Literal["own", "insertion", "deletion"]
 #: Those of Tables 4 and 5.
 THRESHOLDS = tuple(step / 10 for step in range(11))
-#: The metrics of importance alone, and those that compare it with masks of objects.
-OF_IMPORTANCE, OF_MASKS = ("sparsity",), ("segmentation_difference", "macro_iou")
 
 
 @dataclass(frozen=True)
@@ -123,6 +117,8 @@ def evaluate(
 ) -> Evaluation:
     """Accuracy by threshold in both directions, sparsity s, and against masks d and the macro IoU, in float32.
 
+    Beside them what the same measures say of a picture that shows nothing: :func:`~.semanticity.semanticity`.
+
     Args:
         pictures: uint8 ``[N, 3, H, W]`` at the model's input size; labels: ``[N]``.
         masks: ``[N, H, W]``: 1 on the object, 0 elsewhere, 255 where nobody knows.
@@ -173,7 +169,7 @@ def evaluate_images(
         importance, values = model.module.weigh(images)
         kept = _kept(model.module, importance, thresholds)
         correct, finite = _decided(model.module, values, kept, labels, batch_size)
-        scores, reasons = _semanticity(model, images, importance, labels, masks)
+        scores, reasons = semanticity(model, images, importance, labels, masks)
     return Evaluation(
         trials_of(thresholds),
         importance.float().cpu(),
@@ -248,18 +244,3 @@ def _decided(
         1, kept.shape[:2]
     )
     return right.T, finite.all(dim=0)
-
-
-def _semanticity(
-    model: Classifier, images: Tensor, importance: Tensor, labels: Tensor, masks: Tensor | None
-) -> tuple[dict[str, Tensor], dict[str, tuple[str | None, ...]]]:
-    """The metrics of section 4.1 and appendix D of a batch, by name: importance as it is, patch by patch."""
-    options: Any = ImportanceOptions(model.module.config.patch_size, "none")
-    maps = enlarge(importance, images.shape[-2:]).squeeze(1)
-    truth = Truth(None if masks is None else masks.to(images.device))
-    names = (*OF_IMPORTANCE, *(() if masks is None else OF_MASKS))
-    found = measure(
-        Evidence(model, images, labels, maps, truth=truth), [(metrics.get(name), options) for name in names]
-    )
-    scores = {name: one.cpu() for name, one in zip(names, found.values.values(), strict=True)}
-    return scores, dict(zip(names, found.reasons.values(), strict=True))

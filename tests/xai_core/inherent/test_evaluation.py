@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from tests.xai_core.inherent.small import GRID, PATCH, SIDE, built, bytes_of, labels_of
 from xai_core.errors import UsageError
@@ -64,17 +66,8 @@ def test_both_directions_hide_complements_and_batches_change_nothing() -> None:
     assert inserted[0] == type(inserted[0])("insertion", 0.0, one.thresholds[0].accuracy, 0.0, 7)
 
 
-def test_sparsity_and_semanticity_from_their_equations() -> None:
-    model = built("ia")
-    generator = torch.Generator().manual_seed(6)
-    masks = torch.randint(0, 2, (7, SIDE, SIDE), generator=generator, dtype=torch.uint8)
-    masks[:, :6, :9] = 1
-    masks[:, 9:, 5:] = 0
-    masks[:, 3, 3] = 255
-    found = evaluate(model, bytes_of(7), labels_of(7), masks, batch_size=3)
-    rows = {row.metric: row for row in found.semanticity}
-    importance = found.importance.double()
-    assert rows["sparsity"].value == pytest.approx(float(importance.mean()))
+def slow_semanticity(importance: Tensor, masks: Tensor) -> tuple[float, float]:
+    """d and the macro IoU, patch by patch."""
     difference, overlaps = 0.0, []
     for a, mask in zip(importance, masks, strict=True):
         hits = {True: [0, 0], False: [0, 0]}
@@ -88,9 +81,46 @@ def test_sparsity_and_semanticity_from_their_equations() -> None:
                     hits[inside][0] += all(pair)
                     hits[inside][1] += any(pair)
         overlaps.append(sum(both / either for both, either in hits.values()) / 2)
-    assert rows["segmentation_difference"].value == pytest.approx(difference / 7 / GRID**2)
-    assert rows["macro_iou"].value == pytest.approx(sum(overlaps) / 7)
-    assert rows["macro_iou"].images == 7
+    return difference / len(masks) / GRID**2, sum(overlaps) / len(masks)
+
+
+@pytest.mark.parametrize("kind", ["ia", "pa"])
+def test_sparsity_and_semanticity_from_their_equations(kind: str) -> None:
+    model = built(kind, **ARGUMENTS[kind])
+    generator = torch.Generator().manual_seed(6)
+    masks = torch.randint(0, 2, (7, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+    masks[:, :6, :9] = 1
+    masks[:, 9:, 5:] = 0
+    masks[:, 3, 3] = 255
+    found = evaluate(model, bytes_of(7), labels_of(7), masks, batch_size=3)
+    rows = {row.metric: row for row in found.semanticity}
+    importance = found.importance.double()
+    with torch.no_grad():
+        blank = model.module.weigh(torch.zeros(1, 3, SIDE, SIDE))[0].double().expand_as(importance)
+    assert rows["sparsity"].value == pytest.approx(float(importance.mean()))
+    for prefix, maps in (("", importance), ("blank_", blank)):
+        difference, overlap = slow_semanticity(maps, masks)
+        assert rows[f"{prefix}segmentation_difference"].value == pytest.approx(difference)
+        assert rows[f"{prefix}macro_iou"].value == pytest.approx(overlap)
+        assert rows[f"{prefix}macro_iou"].images == 7
+    alike = [np.corrcoef(a.flatten(), b.flatten())[0, 1] for a, b in zip(importance, blank, strict=True)]
+    assert rows["blank_correlation"].value == pytest.approx(np.mean(alike))
+    assert -0.9 < np.mean(alike) < 0.999
+    assert rows["macro_iou"].value != pytest.approx(rows["blank_macro_iou"].value)
+
+
+def test_an_importance_without_a_highest_place_correlates_with_nothing() -> None:
+    model = built("ia")
+    with torch.no_grad():
+        for name, parameter in model.module.importance_net.named_parameters():
+            if name.startswith("fc"):
+                parameter.zero_()
+    found = evaluate(model, bytes_of(2), labels_of(2))
+    assert torch.equal(found.importance, torch.full_like(found.importance, 0.5))
+    assert found.scores["blank_correlation"].isnan().all()
+    assert set(found.reasons["blank_correlation"]) == {
+        "the importance of the picture or of a blank one is the same everywhere"
+    }
 
 
 def test_reproducibility_is_the_mean_deviation_between_trainings() -> None:
