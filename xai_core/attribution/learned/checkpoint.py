@@ -79,9 +79,7 @@ def _build(model: Classifier, path: str) -> Trained:
     tensors, about = read_trained(path, kinds=(KIND,), weights=model_digest(model))
     try:
         written = dict(about["config"])
-        # Files from before this was written down are told apart by the weights alone.
-        if "model" in written:
-            refuse_another(written.pop("model"), model, path)
+        refuse_another(written.pop("model"), model, path)
         options = ExplainerOptions(**{**written, "layers": tuple(written["layers"])})
         # What is drawn here is overwritten: nobody else's chance is to change by it.
         with torch.random.fork_rng(devices=[]):
