@@ -109,7 +109,7 @@ def everything(study: Study, variant: str) -> tuple[tuple[str, str], ...]:
 
 STAGE = Stage(
     name="report",
-    version=4,
+    version=5,
     run=run,
     reads=lambda study, variant: {"run_id": study.run_id},
     upstream=everything,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -350,6 +351,9 @@ def test_a_file_that_changes_while_a_study_runs_is_not_read_under_the_old_key(tm
 def test_the_report_shows_how_the_training_went(ran: Ran) -> None:
     (report,) = [one for _, one in ran.store.records() if one.unit == Unit("report")]
     page = ran.store.read_file(report, "report").read_text()
+    assert set(re.findall(r'<section id="(\w+)"', page)) == {"training", "timings", "quarantine", "query", "facts"}
+    assert set(re.findall(r'<a href="#(\w+)"', page)) == {"training", "timings", "quarantine", "query", "facts"}
+    assert "Top-1 accuracy" not in page
     section = page.split('<section id="training">')[1].split("</section>")[0]
     assert "learnt from 48 pictures; 12 more were held out" in section
     assert f"after epoch {record_of(ran.store).facts['epoch']} of 6, with the best held-out score, 1" in section
