@@ -31,6 +31,7 @@ BENCHMARKS = (
     ("sae", "benchmarks.sae", True),
     ("learned", "benchmarks.learned", True),
     ("inherent", "benchmarks.inherent", False),
+    ("semanticity", "benchmarks.semanticity", False),
     ("resume", "benchmarks.resume", False),
     ("store", "benchmarks.store", False),
     ("sql", "benchmarks.sql", False),
