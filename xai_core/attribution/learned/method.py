@@ -68,7 +68,15 @@ def has_its_explainer(model: Classifier, options: AhaOptions) -> str | None:
     gradient_free=False,
 )
 def aha(model: Classifier, images: Tensor, classes: Tensor, options: AhaOptions, batch_size: int) -> Tensor:
-    """AHA: a decoder over the frozen model's features, trained on deletion and insertion themselves."""
+    """AHA: a decoder over the frozen model's features, trained on deletion and insertion themselves.
+
+    What is learnt is an order: the decoder's zero means nothing. Here the least relevant place of a map has 0.
+    """
+    scores = _scores(model, images, classes, options, batch_size)
+    return scores - scores.amin(dim=(2, 3), keepdim=True)
+
+
+def _scores(model: Classifier, images: Tensor, classes: Tensor, options: AhaOptions, batch_size: int) -> Tensor:
     trained = trained_decoder(model, options.checkpoint)
     explainer = trained.bound(model)
     features, _ = explainer.read(images)

@@ -13,6 +13,7 @@ from tests.xai_core.attribution.untouched import state_of
 from tests.xai_core.tiny import SIZE, pictures, tiny_cnn, tiny_relu_cnn, tiny_vit
 from xai_core.attribution import attribute, attribute_classes
 from xai_core.attribution.learned import AreaOptions, refined
+from xai_core.attribution.learned.checkpoint import trained_decoder
 from xai_core.attribution.learned.method import AhaOptions
 from xai_core.attribution.learned.objective import signed
 from xai_core.attribution.learned.trajectory import areas, make_scene
@@ -67,6 +68,21 @@ def test_several_classes_share_the_pass(options: dict, tmp_path: Path) -> None:
         single = attribute(explain.model, explain.images, classes[:, column], **how)
         torch.testing.assert_close(together[:, column], single, rtol=0, atol=2e-4)
     assert not torch.allclose(together[:, 0], together[:, 1], atol=1e-3)
+
+
+@both
+def test_a_map_is_an_order_from_its_least_relevant_place_up(options: dict, tmp_path: Path) -> None:
+    explain = Explained("vit", tmp_path, **options)
+    maps = explain(native=True).flatten(1)
+    assert maps.amin(dim=1).tolist() == [0.0] * len(maps)
+    assert bool((maps.amax(dim=1) > 0).all())
+    if not options:
+        decoded = trained_decoder(explain.model, str(explain.path)).bound(explain.model)
+        with torch.no_grad():
+            features, _ = decoded.read(explain.images)
+            scores = decoded.maps(features, explain.images, explain.targets.view(-1, 1)).flatten(1)
+        assert bool((scores.amin(dim=1) < 0).any())
+        torch.testing.assert_close(maps, scores - scores.amin(dim=1, keepdim=True), rtol=0, atol=1e-6)
 
 
 @both
