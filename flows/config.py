@@ -26,6 +26,8 @@ PATH_KEYS: PathKeys = (
     ("truth", "masks"),
     ("truth", "boxes"),
     ("model", "checkpoint"),
+    ("model", "create_args", "checkpoint_path"),
+    ("model", "create_args", "pretrained_cfg_overlay", "file"),
     ("model", "create_args", "backbone_args", "pretrained_cfg_overlay", "file"),
     ("parts", "backbone", "checkpoint"),
     ("training", "kind", "checkpoint"),

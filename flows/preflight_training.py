@@ -42,9 +42,9 @@ def _try(objective: Objective, recipe: Recipe, model: Classifier) -> None:
     blank = torch.zeros(1, 3, *model.input_size, dtype=torch.uint8)
     try:
         evaluate(objective, (blank, torch.zeros(1, dtype=torch.long)), recipe)
+    except UsageError:
+        raise
     except (AssertionError, RuntimeError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
         height, width = model.input_size
         raise UsageError(
             f"expected a model and options that take pictures of {height} x {width}, three colours, got from "

@@ -15,7 +15,8 @@ from storage.store import Store
 from tasks.config import DatasetConfig, ModelConfig, StudyConfig
 from tasks.importance.networks import Network, SeedSet, networks_of, seed_sets
 from tasks.sources import open_source
-from tasks.weight_files import file_state, without_files
+from tasks.weight_files import file_state
+from xai_core.create_args import without_paths
 from xai_core.training.weights_file import digest_of
 
 
@@ -190,7 +191,7 @@ def describe_model(config: ModelConfig, store: Store) -> dict[str, Any]:
     """Name, arguments, preprocessing and weights digest of a model, as key ingredients."""
     return {
         "name": config.name,
-        "create_args": without_files(config.create_args),
+        "create_args": without_paths(config.create_args),
         "transform": dict(config.transform),
         "weights": model_facts(config, store)["weights"],
     }

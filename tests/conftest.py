@@ -112,6 +112,19 @@ TINY: dict[str, Any] = {
     "run": {"shard_size": 4, "batch_size": 4},
     "compute": {"workers": 1},
 }
+#: A model that weighs its patches, and learns the demo's classes in a moment.
+TINY_IA: dict[str, Any] = {
+    "name": "vitrine_ia",
+    "pretrained": False,
+    "create_args": {
+        "num_classes": 12,
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 16,
+        "importance_width": 8,
+        "component_width": 8,
+    },
+}
 
 
 def config_with(base: dict[str, Any], **changes: Any) -> dict[str, Any]:

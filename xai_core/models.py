@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xai_core.create_args import refuse_pickles, weight_files
 from xai_core.errors import UsageError, nearest
 from xai_core.registry import Family
 
@@ -200,15 +201,21 @@ def load_classifier(spec: ModelSpec, device: str | torch.device = "cpu") -> Clas
 
     if not timm.is_model(spec.name.split("/")[-1]) and ":" not in spec.name:
         raise UsageError(f"model.name: unknown timm model {spec.name!r}; {nearest(spec.name, timm.list_models())}")
+    if spec.name.startswith("local-dir:"):
+        raise UsageError(
+            f"model.name: expected a timm architecture, got {spec.name!r}; name the architecture and set "
+            "model.checkpoint to the folder's .safetensors file"
+        )
     torch.manual_seed(spec.seed)
     pretrained = spec.pretrained and spec.checkpoint is None
+    refuse_pickles(spec.create_args, "model.create_args.")
     arguments = {**_trained_arguments(spec), **spec.create_args}
     try:
         module = timm.create_model(spec.name, pretrained=pretrained, **arguments)
     except TypeError as error:
         raise UsageError(f"model.create_args: {spec.name} does not take them: {error}") from error
     except (OSError, RuntimeError) as error:
-        if not pretrained:
+        if not pretrained and not any(weight_files(arguments)):
             raise
         raise UsageError(
             f"model.pretrained: the weights of {spec.name} could not be fetched ({_first_line(error)}); "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, astuple, replace
 from typing import Any
@@ -169,16 +169,23 @@ def _write(
     result: dict[str, Any],
 ) -> None:
     context.commit.table(TABLE, log_rows(log))
-    config, of_model = training_of(context.config), context.work.ingredients["model"]
-    about = {
-        "kind": config.kind.name,
-        "config": json.loads(json.dumps(dict(config.entry.config(model, config.options)))),
-        "weights": model_digest(model) if config.entry.explains_model else None,
+    about = header(training_of(context.config), model, context.work.ingredients["model"])
+    context.commit.file(FILE, ".safetensors", trained_bytes(weights, {**about, **result}))
+
+
+def header(training: TrainingConfig, model: Classifier, of_model: Mapping[str, Any]) -> dict[str, Any]:
+    """What a trained file says of itself before anything is known of how the training went.
+
+    Args:
+        of_model: the model's ingredients of keys (:func:`tasks.study.describe_model`).
+    """
+    return {
+        "kind": training.kind.name,
+        "config": json.loads(json.dumps(dict(training.entry.config(model, training.options)))),
+        "weights": model_digest(model) if training.entry.explains_model else None,
         "model": of_model,
-        "recipe": asdict(config.recipe),
-        **result,
+        "recipe": asdict(training.recipe),
     }
-    context.commit.file(FILE, ".safetensors", trained_bytes(weights, about))
 
 
 def log_rows(log: Sequence[LogRow]) -> pa.Table:

@@ -14,6 +14,7 @@ import pytest
 from storage.canonical import digest_file
 from storage.commits import CommitRecord
 from storage.store import Store, open_store
+from tests.conftest import TINY_IA
 from tests.faults.processes import Clean, Faults, Warm, digest, temporary
 
 STUDY: dict[str, Any] = {
@@ -50,18 +51,7 @@ STUDIES: dict[str, dict[str, Any]] = {
     },
     "ia": {
         **STUDY,
-        "model": {
-            "name": "vitrine_ia",
-            "pretrained": False,
-            "create_args": {
-                "num_classes": 12,
-                "img_size": 32,
-                "patch_size": 8,
-                "embed_dim": 16,
-                "importance_width": 8,
-                "component_width": 8,
-            },
-        },
+        "model": TINY_IA,
         "training": {
             "kind": {"name": "ia"},
             "recipe": {"epochs": 4, "batch_size": 8, "shift": 0},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -12,9 +13,9 @@ from flows.config import load_config
 from flows.preflight import check_study
 from storage.store import open_store
 from tasks.study import Study, describe_model
-from tasks.training.stage import build
+from tasks.training.stage import build, header
 from tests.conftest import REPOSITORY
-from xai_core.training import model_digest, save_trained
+from xai_core.training import save_trained
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 TRAININGS = sorted((REPOSITORY / "configs" / "training").glob("*.yaml"))
@@ -40,15 +41,9 @@ def checkout(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         training = config.training
         assert training is not None
         for seed in (0, 1, 2):
-            seeded = training.model_copy(update={"recipe": type(training.recipe)(seed=seed)})
+            seeded = training.model_copy(update={"recipe": dataclasses.replace(training.recipe, seed=seed)})
             model, objective = build(seeded, config.model, "cpu")
-            about = {
-                "kind": training.kind.name,
-                "config": dict(training.entry.config(model, training.options)),
-                "weights": model_digest(model) if training.entry.explains_model else None,
-                "model": describe_model(config.model, store),
-                "recipe": {"seed": seed},
-            }
+            about = header(seeded, model, describe_model(config.model, store))
             name = f"{original.stem}{f'-{seed}' if seed else ''}"
             save_trained(root / "vitrine" / "trained" / f"{name}.safetensors", objective.trained, about)
             if training.kind.name != "ia":

@@ -19,7 +19,7 @@ from storage.store import open_store
 from tasks.config import StudyConfig
 from tasks.study import Study
 from tasks.training.told import Word
-from tests.conftest import TINY, config_with
+from tests.conftest import TINY, TINY_IA, config_with
 from tests.flows.command import call, commits, executions, parsed, vitrine, write_config
 from xai_core.errors import UsageError
 from xai_core.models import load_classifier
@@ -105,18 +105,7 @@ LEARNT: dict[str, tuple[str, dict[str, Any]]] = {
     "importance": (
         "importance",
         {
-            "model": {
-                "name": "vitrine_ia",
-                "pretrained": False,
-                "create_args": {
-                    "num_classes": 12,
-                    "img_size": 32,
-                    "patch_size": 8,
-                    "embed_dim": 16,
-                    "importance_width": 8,
-                    "component_width": 8,
-                },
-            },
+            "model": TINY_IA,
             "training": {"kind": "ia"},
             # A study of its own, which asks for files that are not there yet.
             "importance": {"networks": ["not-there-yet.safetensors"]},

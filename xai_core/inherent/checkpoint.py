@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from xai_core.create_args import without_paths
 from xai_core.errors import UsageError
 from xai_core.inherent.architectures import (
     EmbeddingArchitecture,
@@ -82,10 +83,7 @@ def create_args(model: Classifier, config: Any) -> dict[str, Any]:
                 f"model.transform.{name}: expected {expected}, as {model.spec.name} was built for, got {got}; set "
                 "img_size, mean and std in model.create_args instead"
             )
-    arguments = as_json(config)
-    if "backbone_args" in arguments:
-        arguments["backbone_args"].pop("pretrained_cfg_overlay", None)
-    return arguments
+    return without_paths(as_json(config))
 
 
 def has_importance(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from xai_core.create_args import refuse_pickles
 from xai_core.errors import UsageError, nearest
 from xai_core.inherent.architectures import Colours, FrozenImportanceNet, three_colours
 from xai_core.inherent.patches import check_size, check_threshold, enlarge, grid_side, kept_patches
@@ -108,7 +109,7 @@ def pixel_architecture(config: PixelConfig, pretrained: bool = False) -> nn.Modu
             f"backbone: expected a timm model, got {config.backbone!r}; "
             + nearest(config.backbone, timm.list_models())
         )
-    _refuse_pickle(config)
+    refuse_pickles(config.backbone_args, "backbone_args.")
     module = timm.create_model(
         config.backbone, pretrained=pretrained, num_classes=config.num_classes, **config.backbone_args
     )
@@ -117,15 +118,6 @@ def pixel_architecture(config: PixelConfig, pretrained: bool = False) -> nn.Modu
         _mask_before(module, config)
     module.config = config
     return module
-
-
-def _refuse_pickle(config: PixelConfig) -> None:
-    file = (config.backbone_args.get("pretrained_cfg_overlay") or {}).get("file")
-    if file is not None and not str(file).endswith(".safetensors"):
-        raise UsageError(
-            f"backbone_args.pretrained_cfg_overlay.file: expected a .safetensors file, got {str(file)!r}; pickles "
-            "can run code when they are read and are never opened"
-        )
 
 
 def _fit_size(module: nn.Module, config: PixelConfig) -> None:

@@ -43,7 +43,7 @@ def semanticity(
     Returns:
         By measure values ``[B]`` on the CPU, NaN where one is undefined, and why.
     """
-    blank = model.module.weigh(torch.zeros_like(images[:1]))[0].expand_as(importance)
+    blank = model.module.importance(torch.zeros_like(images[:1])).expand_as(importance)
     truth = Truth(None if masks is None else masks.to(images.device))
     of_masks = () if masks is None else _AGAINST_MASKS
     scores, reasons = _measured(model, images, importance, labels, truth, ("sparsity", *of_masks))

@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from xai_core.create_args import that_build
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
 
-#: Arguments of ``timm.create_model`` that only say where weights are: another place is no other network.
-_OF_WEIGHTS = frozenset({"cache_dir", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"})
 #: Each fact, and what of a config sets it.
 _SET_BY = {
     "architecture": "model.name",
@@ -26,7 +25,7 @@ def explained_model(model: Classifier) -> dict[str, Any]:
     known: Mapping[str, Any] = getattr(model.module, "pretrained_cfg", None) or {}
     facts = {
         "architecture": known.get("architecture") or model.spec.name,
-        "create_args": _that_build(model.spec.create_args),
+        "create_args": that_build(model.spec.create_args),
         **{name: model.data_config[name] for name in ("input_size", "mean", "std")},
     }
     return dict(json.loads(json.dumps(facts, default=str)))
@@ -45,10 +44,3 @@ def refuse_another(expected: Mapping[str, Any], model: Classifier, path: str) ->
                 f"checkpoint: expected a model with {name} {expected[name]}, as the explainer in {path} was "
                 f"trained for, got {got[name]}; set {set_by} to that, or train an explainer of this model"
             )
-
-
-def _that_build(arguments: Any) -> Any:
-    """Arguments without those of weights, those of networks inside the network included."""
-    if not isinstance(arguments, Mapping):
-        return arguments
-    return {name: _that_build(value) for name, value in arguments.items() if name not in _OF_WEIGHTS}
