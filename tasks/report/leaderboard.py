@@ -148,4 +148,5 @@ def verdict(rows: Sequence[Standing]) -> str:
     count = sum(method == first[0] for method, _ in winners)
     verb = "has" if len(first) == 1 else "each have"
     noun = "metric" if len(metrics) == 1 else "metrics"
-    return f"{' and '.join(first)} {verb} the best mean on {count} of {len(metrics)} {noun}."
+    named = " and ".join(filter(None, (", ".join(first[:-1]), first[-1])))
+    return f"{named} {verb} the best mean on {count} of {len(metrics)} {noun}."

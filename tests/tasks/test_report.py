@@ -366,6 +366,8 @@ def test_best_follows_the_direction_and_knows_ties():
     assert verdict(rows) == "a and b each have the best mean on 2 of 3 metrics."
     assert verdict(rows[:2]) == "a has the best mean on 1 of 1 metric."
     assert verdict(rows[:1]) == ""
+    tied = [standing(method, "up", 1.0) for method in "abc"]
+    assert verdict(tied) == "a, b and c each have the best mean on 1 of 1 metric."
 
 
 def test_markdown_names_best_gaps_and_directions():
