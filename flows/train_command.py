@@ -30,7 +30,7 @@ def train(group: Group, config: Path, overrides: list[str], output: Path, store_
 
     if output.suffix != ".safetensors":
         raise UsageError(f"--output: expected a file named .safetensors, got {output.name!r}")
-    chosen = load_config(config, [*NOTHING_ELSE, *overrides])
+    chosen = _with_every_core(load_config(config, [*NOTHING_ELSE, *overrides]))
     training = _training(chosen, group)
     store = open_store(store_path, create=True)
     result = run_study(chosen, store_path)
@@ -40,6 +40,12 @@ def train(group: Group, config: Path, overrides: list[str], output: Path, store_
     _print(training.entry, record, tested, output)
     print(f"report   {result.report}")
     return COMPLETE_WITH_QUARANTINE if result.quarantined else COMPLETE
+
+
+def _with_every_core(config: StudyConfig) -> StudyConfig:
+    """One worker, unless the config says how many: a training is one unit, and others would hold idle cores."""
+    workers = config.compute.workers or 1
+    return config.model_copy(update={"compute": config.compute.model_copy(update={"workers": workers})})
 
 
 def _training(config: StudyConfig, group: Group) -> TrainingConfig:

@@ -120,13 +120,16 @@ def test_what_explains_is_trained_alone_and_told_as_a_method(
 ) -> None:
     group, document = LEARNT[method]
     training = {**document["training"], "recipe": {"epochs": 1, "batch_size": 4}, "held_out": 0.2}
-    data = {"dataset": {"kind": "demo", "images": 10}, "compute": {"workers": 1}}
-    write_config(tmp_path / "c.yaml", {**document, **data, "training": training})
+    data = {"dataset": {"kind": "demo", "images": 10}, "training": training}
+    write_config(tmp_path / "c.yaml", {**document, **data})
     done = vitrine("train", group, "c.yaml", "-o", "out.safetensors", "--store", "store", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     digest = digest_of(tmp_path / "out.safetensors")
     assert f"method   {method}[checkpoint={digest[:12]}]" in done.stdout
-    assert {one.split("/")[1] for one in commits(tmp_path / "store")} == {"manifest", "train", "report"}
+    store = open_store(tmp_path / "store")
+    assert {one.split("/")[1] for one in commits(store.root)} == {"manifest", "train", "report"}
+    (run,) = store.runs.all()
+    assert run.config["compute"]["workers"] == 1, "one with every core, where the config does not say"
 
 
 @pytest.mark.parametrize(
