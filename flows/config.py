@@ -64,8 +64,7 @@ def load_as(kind: type[M], path: Path, overrides: Iterable[str], path_keys: Path
     for override in overrides:
         _apply(document, override)
     # Those that --set gave are relative to where the command was given; workers may stand elsewhere.
-    for keys in path_keys:
-        _resolve(document, keys, Path.cwd())
+    _resolve_all(document, path_keys, Path.cwd())
     try:
         return kind.model_validate(document)
     except ValidationError as error:
@@ -82,12 +81,16 @@ def _read(path: Path, path_keys: PathKeys) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise UsageError(f"config: expected a mapping of keys in {path}, got {type(document).__name__}")
     document.setdefault("name", re.sub(r"[^A-Za-z0-9_.+=,@-]", "_", path.stem)[:100])
+    _resolve_all(document, path_keys, path.resolve().parent)
+    return document
+
+
+def _resolve_all(document: Mapping[str, Any], path_keys: PathKeys, folder: Path) -> None:
     for keys in path_keys:
-        _resolve(document, keys, path.resolve().parent)
+        _resolve(document, keys, folder)
     for chosen in (*_listed(document, "metrics"), *_listed(document, "methods")):
         for keys in CHOSEN_PATHS:
-            _resolve(chosen, keys, path.resolve().parent)
-    return document
+            _resolve(chosen, keys, folder)
 
 
 def _listed(document: Mapping[str, Any], key: str) -> list[Any]:

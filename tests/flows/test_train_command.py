@@ -166,6 +166,21 @@ def test_paths_in_a_config_are_relative_to_it(tmp_path: Path) -> None:
     assert config.test.path == str(tmp_path / "a" / "test")
 
 
+def test_paths_of_methods_in_set_are_relative_to_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers may stand elsewhere, and so may whoever resumes the run."""
+    write_config(tmp_path / "c.yaml", TINY)
+    model = load_classifier(StudyConfig().model.spec())
+    save_trained(
+        tmp_path / "ia.safetensors", model.module, {"kind": "ia", "config": {}, "model": {}, "weights": None}
+    )
+    monkeypatch.chdir(tmp_path)
+    chosen = "methods=[{name: importance, checkpoint: ia.safetensors}]"
+    (method,) = load_config(Path("c.yaml"), [chosen]).methods
+    assert method.options["checkpoint"] == str(tmp_path / "ia.safetensors")
+
+
 def test_a_line_shows_how_far_it_is() -> None:
     assert line("train", Word("steps", 6, 24, "epoch 1/4"), 18.2) == (
         "train: ██████░░░░░░░░░░░░░░░░░░ 6/24 steps  epoch 1/4  18 s left"
