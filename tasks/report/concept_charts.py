@@ -15,6 +15,8 @@ from tasks.report.figures import MOST_BANDS, LegendEntry, band, layout, legend, 
 
 # A training log has a row for every few steps; a line of more points looks the same.
 MOST_POINTS = 300
+# Of whole numbers along an axis.
+MOST_TICKS = 8
 
 
 @dataclass(frozen=True)
@@ -170,15 +172,19 @@ def line_chart(
     *,
     share: bool = False,
     points: bool = False,
+    whole: bool = False,
 ) -> ConceptChart:
     """Lines with their bands, in the look of the report's other charts.
 
-    ``share``: x runs from 0 to 100 %; ``points``: they are shown where values were measured.
+    ``share``: x runs from 0 to 100 %; ``points``: they are shown where values were measured; ``whole``: x is
+    counted.
     """
     from plotly import graph_objects
 
     look = {entry.method: entry for entry in entries}
     figure = graph_objects.Figure(layout=layout(x_title, y_title, span, share=share))
+    if whole:
+        figure.update_xaxes(dtick=max(1, round(max(float(line.x.max()) for line in lines) / MOST_TICKS)))
     for line in lines:
         entry = look[line.name]
         if line.margin is not None and len(lines) <= MOST_BANDS:

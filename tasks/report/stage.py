@@ -18,6 +18,7 @@ from tasks.report.figures import MOST_BANDS, curve_charts, in_groups, legend
 from tasks.report.gallery import gallery
 from tasks.report.importance import importance_of_run
 from tasks.report.leaderboard import board_of
+from tasks.report.queries import questions
 from tasks.report.training import training_of_run
 from tasks.report.truth import read_truth_table
 from tasks.stage import Context, Outcome, Stage
@@ -72,6 +73,7 @@ def render(context: Context) -> str:
         quarantine=set_aside,
         quarantine_rows=set_aside_rows,
         quarantine_images=set_aside_images,
+        questions=questions(context.config, context.work.facts["run_id"]),
         methods=data.method_facts(committed),
         metrics=data.metric_facts(committed),
     )
@@ -109,7 +111,7 @@ def everything(study: Study, variant: str) -> tuple[tuple[str, str], ...]:
 
 STAGE = Stage(
     name="report",
-    version=5,
+    version=6,
     run=run,
     reads=lambda study, variant: {"run_id": study.run_id},
     upstream=everything,

@@ -17,6 +17,8 @@ from tasks.training.config import TrainingConfig
 from tasks.training.stage import STAGE, TABLE
 
 SPLITS = {"train": "learnt from", "held_out": "held out", "test": "test pictures"}
+# When their values are taken.
+MEASURED = {SPLITS["train"]: "mean over the batches of an epoch", SPLITS["held_out"]: "after every epoch"}
 # What is told first of all that is logged, and last.
 FIRST, LAST = ("score", "loss"), ("learning_rate",)
 
@@ -94,5 +96,5 @@ def _chart(name: str, rows: list[dict[str, Any]], entries: list[LegendEntry]) ->
     low, high = min(0.0, known.min(initial=0.0)), max(0.0, known.max(initial=0.0))
     room = 0.04 * ((high - low) or 1.0)
     span = (low - room * (low < 0), high + room)
-    told = "while it learnt: the mean over the batches of an epoch" if len(lines) == 1 else "after every epoch"
-    return line_chart(_words(name).capitalize(), told, lines, entries, "epoch", _words(name), span)
+    told = "; ".join(f"{line.name}: {MEASURED[line.name]}" for line in lines)
+    return line_chart(_words(name).capitalize(), told, lines, entries, "epoch", _words(name), span, whole=True)

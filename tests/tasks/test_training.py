@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -366,6 +367,10 @@ def test_the_report_shows_how_the_training_went(ran: Ran) -> None:
     assert losses["learnt from"]["y"] == pytest.approx([row["value"] for row in rows], rel=1e-3)
     assert set(losses) == {"learnt from", "held out"}
     assert ">test pictures</th>" in section
+    assert "learnt from: mean over the batches of an epoch; held out: after every epoch" in section
+    assert [figure["layout"]["xaxis"]["dtick"] for figure in figures] == [1] * len(figures)
+    asked = re.findall(r'vitrine sql "(.*?)"', html.unescape(page.split('<section id="query">')[1]), re.DOTALL)
+    assert [len(ran.sql(one)) for one in asked] == [ran.sql("select count(*) as n from training")[0]["n"]]
 
 
 def test_what_only_the_test_pictures_have_is_in_the_table_and_makes_no_empty_chart(ran: Ran) -> None:
