@@ -19,6 +19,7 @@ from tasks.training.stage import STAGE, TABLE
 SPLITS = {"train": "learnt from", "held_out": "held out", "test": "test pictures"}
 # When their values are taken.
 MEASURED = {SPLITS["train"]: "mean over the batches of an epoch", SPLITS["held_out"]: "after every epoch"}
+RATE = "as every epoch ended"
 # What is told first of all that is logged, and last.
 FIRST, LAST = ("score", "loss"), ("learning_rate",)
 
@@ -96,5 +97,5 @@ def _chart(name: str, rows: list[dict[str, Any]], entries: list[LegendEntry]) ->
     low, high = min(0.0, known.min(initial=0.0)), max(0.0, known.max(initial=0.0))
     room = 0.04 * ((high - low) or 1.0)
     span = (low - room * (low < 0), high + room)
-    told = "; ".join(f"{line.name}: {MEASURED[line.name]}" for line in lines)
+    told = RATE if name in LAST else "; ".join(f"{line.name}: {MEASURED[line.name]}" for line in lines)
     return line_chart(_words(name).capitalize(), told, lines, entries, "epoch", _words(name), span, whole=True)
