@@ -195,6 +195,7 @@ def load_classifier(spec: ModelSpec, device: str | torch.device = "cpu") -> Clas
         UsageError: an unknown model, a checkpoint that is not safetensors, or keys that do not fit.
     """
     import timm
+    from safetensors import SafetensorError
 
     import xai_core.demo_models
     import xai_core.inherent.timm_models  # noqa: F401  (these two register models of our own with timm)
@@ -214,8 +215,14 @@ def load_classifier(spec: ModelSpec, device: str | torch.device = "cpu") -> Clas
         module = timm.create_model(spec.name, pretrained=pretrained, **arguments)
     except TypeError as error:
         raise UsageError(f"model.create_args: {spec.name} does not take them: {error}") from error
-    except (OSError, RuntimeError) as error:
-        if not pretrained and not any(weight_files(arguments)):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        named = [path for _, path in weight_files(arguments)]
+        if named:
+            raise UsageError(
+                f"model.create_args: expected safetensors with weights of {spec.name} in {' and '.join(named)} "
+                f"({type(error).__name__}: {_first_line(error)})"
+            ) from error
+        if not pretrained:
             raise
         raise UsageError(
             f"model.pretrained: the weights of {spec.name} could not be fetched ({_first_line(error)}); "

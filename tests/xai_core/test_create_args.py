@@ -72,9 +72,12 @@ def test_weights_are_read_from_safetensors_alone(name: str, tmp_path: Path) -> N
         UsageError, match=r"model\.create_args\..*: expected a \.safetensors file, got .*weights\.pth"
     ):
         load_classifier(ModelSpec("resnet18", create_args={**SMALL, **NAMED[name](str(pickle))}))
-    missing = str(tmp_path / "none.safetensors")
-    with pytest.raises(UsageError, match="the weights of resnet18 could not be"):
-        load_classifier(ModelSpec("resnet18", name == "overlay", create_args={**SMALL, **NAMED[name](missing)}))
+    (tmp_path / "renamed.safetensors").write_bytes(b"a pickle")
+    save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    for wrong in ("none", "renamed", "other"):
+        path = str(tmp_path / f"{wrong}.safetensors")
+        with pytest.raises(UsageError, match=rf"expected safetensors with weights of resnet18 in .*{wrong}"):
+            load_classifier(ModelSpec("resnet18", name == "overlay", create_args={**SMALL, **NAMED[name](path)}))
 
 
 def test_a_folder_of_weights_is_no_name_of_a_model(tmp_path: Path) -> None:
