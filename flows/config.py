@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from tasks.config import StudyConfig
+from xai_core.create_args import weight_files
 from xai_core.errors import UsageError, nearest
 
 DEMO = Path(__file__).with_name("demo.yaml")
 
 PathKeys = tuple[tuple[str, ...], ...]
-M = TypeVar("M", bound=BaseModel)
 
 # Paths in a file are relative to the file, so that a config works from any folder.
 PATH_KEYS: PathKeys = (
@@ -26,16 +26,15 @@ PATH_KEYS: PathKeys = (
     ("truth", "masks"),
     ("truth", "boxes"),
     ("model", "checkpoint"),
-    ("model", "create_args", "checkpoint_path"),
-    ("model", "create_args", "pretrained_cfg_overlay", "file"),
-    ("model", "create_args", "backbone_args", "pretrained_cfg_overlay", "file"),
     ("parts", "backbone", "checkpoint"),
     ("training", "kind", "checkpoint"),
     ("training", "test", "path"),
     ("training", "test", "classes"),
     ("importance", "networks"),
 )
-# The same of every method and metric that is chosen.
+# The same of the files of weights that a model's arguments name, at any depth.
+CREATE_ARGS = ("model", "create_args")
+# And of every method and metric that is chosen.
 CHOSEN_PATHS: PathKeys = (("checkpoint",), ("of", "checkpoint"))
 
 
@@ -55,23 +54,18 @@ def load_config(path: Path | None, overrides: Iterable[str] = (), limit: int | N
         UsageError: an unreadable file, or keys or values that are wrong; the message names each.
     """
     limits = () if limit is None else (f"dataset.limit={limit}",)
-    return load_as(StudyConfig, path or DEMO, (*overrides, *limits), PATH_KEYS)
-
-
-def load_as(kind: type[M], path: Path, overrides: Iterable[str], path_keys: PathKeys) -> M:
-    """A config file of some kind with ``key.path=value`` overrides applied, as :func:`load_config`."""
-    document = _read(path, path_keys)
-    for override in overrides:
+    document = _read(path or DEMO)
+    for override in (*overrides, *limits):
         _apply(document, override)
     # Those that --set gave are relative to where the command was given; workers may stand elsewhere.
-    _resolve_all(document, path_keys, Path.cwd())
+    _resolve_all(document, Path.cwd())
     try:
-        return kind.model_validate(document)
+        return StudyConfig.model_validate(document)
     except ValidationError as error:
-        raise UsageError("\n".join(_explain(kind, one) for one in error.errors())) from None
+        raise UsageError("\n".join(_explain(one) for one in error.errors())) from None
 
 
-def _read(path: Path, path_keys: PathKeys) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -81,16 +75,18 @@ def _read(path: Path, path_keys: PathKeys) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise UsageError(f"config: expected a mapping of keys in {path}, got {type(document).__name__}")
     document.setdefault("name", re.sub(r"[^A-Za-z0-9_.+=,@-]", "_", path.stem)[:100])
-    _resolve_all(document, path_keys, path.resolve().parent)
+    _resolve_all(document, path.resolve().parent)
     return document
 
 
-def _resolve_all(document: Mapping[str, Any], path_keys: PathKeys, folder: Path) -> None:
-    for keys in path_keys:
+def _resolve_all(document: Mapping[str, Any], folder: Path) -> None:
+    for keys in PATH_KEYS:
         _resolve(document, keys, folder)
     for chosen in (*_listed(document, "metrics"), *_listed(document, "methods")):
         for keys in CHOSEN_PATHS:
             _resolve(chosen, keys, folder)
+    for key, _ in weight_files(_inside(document, CREATE_ARGS)):
+        _resolve(document, (*CREATE_ARGS, *key.split(".")), folder)
 
 
 def _listed(document: Mapping[str, Any], key: str) -> list[Any]:
@@ -98,11 +94,17 @@ def _listed(document: Mapping[str, Any], key: str) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def _resolve(document: Any, keys: tuple[str, ...], folder: Path) -> None:
-    for key in keys[:-1]:
+def _inside(document: Any, keys: tuple[str, ...]) -> MutableMapping[str, Any]:
+    """The mapping under the keys, an empty one where there is none; what else stands there is told later."""
+    for key in keys:
         document = document.get(key) if isinstance(document, Mapping) else None
-    if isinstance(document, MutableMapping) and isinstance(document.get(keys[-1]), (str, list)):
-        document[keys[-1]] = _resolved(document[keys[-1]], folder)
+    return document if isinstance(document, MutableMapping) else {}
+
+
+def _resolve(document: Any, keys: tuple[str, ...], folder: Path) -> None:
+    within = _inside(document, keys[:-1])
+    if isinstance(within.get(keys[-1]), (str, list)):
+        within[keys[-1]] = _resolved(within[keys[-1]], folder)
 
 
 def _resolved(given: Any, folder: Path) -> Any:
@@ -155,19 +157,19 @@ def _index(document: list[Any], key: str, keys: list[str]) -> int:
     return int(key)
 
 
-def _explain(kind: type[BaseModel], error: Any) -> str:
+def _explain(error: Any) -> str:
     """One line for one wrong key: its path, what was expected and what was got."""
     where = ".".join(str(one) for one in error["loc"]) or "config"
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {nearest(where.split('.')[-1], _known_keys(kind, error['loc'][:-1]))}"
+        return f"{where}: unknown key; {nearest(where.split('.')[-1], _known_keys(error['loc'][:-1]))}"
     message = PLAIN.get(error["type"], error["msg"].removeprefix("Value error, "))
     given = error["input"]
     shown = "" if error["type"] == "value_error" else f", got {given!r}"
     return f"{where}: {message}{shown}"
 
 
-def _known_keys(kind: type[BaseModel], location: Iterable[Any]) -> list[str]:
-    model: Any = kind
+def _known_keys(location: Iterable[Any]) -> list[str]:
+    model: Any = StudyConfig
     for key in location:
         model = model.model_fields[key].annotation if key in getattr(model, "model_fields", {}) else None
         if not (isinstance(model, type) and issubclass(model, BaseModel)):

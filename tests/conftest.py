@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -125,6 +127,12 @@ TINY_IA: dict[str, Any] = {
         "component_width": 8,
     },
 }
+
+
+def queries_of(page: str) -> list[str]:
+    """The SQL that a report gives to be asked on."""
+    section = html.unescape(page.split('<section id="query">')[1])
+    return re.findall(r'vitrine sql "(.*?)"', section, re.DOTALL)
 
 
 def config_with(base: dict[str, Any], **changes: Any) -> dict[str, Any]:

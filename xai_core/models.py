@@ -194,11 +194,19 @@ def load_classifier(spec: ModelSpec, device: str | torch.device = "cpu") -> Clas
     Raises:
         UsageError: an unknown model, a checkpoint that is not safetensors, or keys that do not fit.
     """
-    import timm
-    from safetensors import SafetensorError
-
     import xai_core.demo_models
     import xai_core.inherent.timm_models  # noqa: F401  (these two register models of our own with timm)
+
+    _check_name(spec)
+    torch.manual_seed(spec.seed)
+    module = _created(spec)
+    if spec.checkpoint is not None:
+        load_checkpoint(module, Path(spec.checkpoint))
+    return Classifier(module.to(device), spec)
+
+
+def _check_name(spec: ModelSpec) -> None:
+    import timm
 
     if not timm.is_model(spec.name.split("/")[-1]) and ":" not in spec.name:
         raise UsageError(f"model.name: unknown timm model {spec.name!r}; {nearest(spec.name, timm.list_models())}")
@@ -207,12 +215,19 @@ def load_classifier(spec: ModelSpec, device: str | torch.device = "cpu") -> Clas
             f"model.name: expected a timm architecture, got {spec.name!r}; name the architecture and set "
             "model.checkpoint to the folder's .safetensors file"
         )
-    torch.manual_seed(spec.seed)
+
+
+def _created(spec: ModelSpec) -> nn.Module:
+    """The network as timm builds it; a file of weights that its arguments name is read, if it is safetensors."""
+    import timm
+    from safetensors import SafetensorError
+
     pretrained = spec.pretrained and spec.checkpoint is None
-    refuse_pickles(spec.create_args, "model.create_args.")
+    # A checkpoint's header names arguments too, and may come from anybody.
     arguments = {**_trained_arguments(spec), **spec.create_args}
+    refuse_pickles(arguments, "model.create_args.")
     try:
-        module = timm.create_model(spec.name, pretrained=pretrained, **arguments)
+        return timm.create_model(spec.name, pretrained=pretrained, **arguments)
     except TypeError as error:
         raise UsageError(f"model.create_args: {spec.name} does not take them: {error}") from error
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -228,9 +243,6 @@ def load_classifier(spec: ModelSpec, device: str | torch.device = "cpu") -> Clas
             f"model.pretrained: the weights of {spec.name} could not be fetched ({_first_line(error)}); "
             "set model.checkpoint to a local .safetensors file, or model.pretrained to false for random weights"
         ) from error
-    if spec.checkpoint is not None:
-        load_checkpoint(module, Path(spec.checkpoint))
-    return Classifier(module.to(device), spec)
 
 
 def _trained_arguments(spec: ModelSpec) -> dict[str, Any]:

@@ -166,6 +166,18 @@ def test_paths_in_a_config_are_relative_to_it(tmp_path: Path) -> None:
     assert config.test.path == str(tmp_path / "a" / "test")
 
 
+def test_files_of_weights_are_relative_to_the_config_however_deep_they_are_named(tmp_path: Path) -> None:
+    overlay = {"pretrained_cfg_overlay": {"file": "b.safetensors"}}
+    arguments = {"checkpoint_path": "a.safetensors", **overlay, "backbone_args": {**overlay, "depth": 2}}
+    path = write_config(tmp_path / "c.yaml", {"model": {"name": "resnet18", "create_args": arguments}})
+    found = {"pretrained_cfg_overlay": {"file": str(tmp_path / "b.safetensors")}}
+    assert load_config(path).model.create_args == {
+        "checkpoint_path": str(tmp_path / "a.safetensors"),
+        **found,
+        "backbone_args": {**found, "depth": 2},
+    }
+
+
 def test_paths_of_methods_in_set_are_relative_to_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from tasks.plan import Planner, to_run
 from tasks.report.importance_data import measured_networks
 from tasks.sources import open_source
 from tasks.study import Study
-from tests.conftest import Ran, config_with
+from tests.conftest import Ran, config_with, queries_of
 from tests.xai_core.inherent.small import built, saved
 from xai_core.errors import UsageError
 from xai_core.models import Classifier
@@ -474,6 +474,7 @@ def test_the_report_tells_of_every_network(ran: Ran, files: dict[str, Path]) -> 
     assert f">{own['accuracy']:.3f}<br>" in section and f">{own['masked']:.3f}<br>" in section
     assert section.count("<img src=") == 6 * 5
     assert re.search(r"· (right|wrong)</figcaption>", section)
+    assert len(queries_of(page)) == 2 and all(ran.sql(one) for one in queries_of(page))
 
 
 def test_the_reports_curves_are_the_rows(ran: Ran, files: dict[str, Path]) -> None:

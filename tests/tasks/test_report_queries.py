@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,5 +33,5 @@ def test_a_report_asks_about_what_it_shows(name: str) -> None:
 
 
 @pytest.mark.parametrize("question", [*OF_MODEL, *OF_TRAINING, *OF_IMPORTANCE], ids=lambda one: one.words)
-def test_every_question_can_be_asked(question: Question, tmp_path: Any) -> None:
+def test_every_question_can_be_asked(question: Question, tmp_path: Path) -> None:
     assert sql.query(open_store(tmp_path, create=True), question.sql.format(run_id="none")).num_rows == 0

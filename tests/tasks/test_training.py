@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import shutil
@@ -33,7 +32,7 @@ from tasks.training.picture_file import Rows, picture_file
 from tasks.training.pictures import deal
 from tasks.training.stage import STAGE
 from tasks.training.told import Word, last_word, telling
-from tests.conftest import TINY, Ran, config_with
+from tests.conftest import TINY, Ran, config_with, queries_of
 from tests.memory import STATUS
 from tests.xai_core.training.tiny import network
 from xai_core.errors import UsageError
@@ -369,8 +368,9 @@ def test_the_report_shows_how_the_training_went(ran: Ran) -> None:
     assert ">test pictures</th>" in section
     assert "learnt from: mean over the batches of an epoch; held out: after every epoch" in section
     assert [figure["layout"]["xaxis"]["dtick"] for figure in figures] == [1] * len(figures)
-    asked = re.findall(r'vitrine sql "(.*?)"', html.unescape(page.split('<section id="query">')[1]), re.DOTALL)
-    assert [len(ran.sql(one)) for one in asked] == [ran.sql("select count(*) as n from training")[0]["n"]]
+    assert [len(ran.sql(one)) for one in queries_of(page)] == [
+        ran.sql("select count(*) as n from training")[0]["n"]
+    ]
 
 
 def test_what_only_the_test_pictures_have_is_in_the_table_and_makes_no_empty_chart(ran: Ran) -> None:

@@ -16,6 +16,7 @@ from xai_core.create_args import that_build, weight_files, without_paths
 from xai_core.errors import UsageError
 from xai_core.inherent.checkpoint import create_args
 from xai_core.models import ModelSpec, load_classifier, weights_digest
+from xai_core.training import save_trained
 
 GREY = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 ARGUMENTS: dict[str, Any] = {
@@ -78,6 +79,14 @@ def test_weights_are_read_from_safetensors_alone(name: str, tmp_path: Path) -> N
         path = str(tmp_path / f"{wrong}.safetensors")
         with pytest.raises(UsageError, match=rf"expected safetensors with weights of resnet18 in .*{wrong}"):
             load_classifier(ModelSpec("resnet18", name == "overlay", create_args={**SMALL, **NAMED[name](path)}))
+
+
+def test_a_pickle_that_a_checkpoints_header_names_is_not_read(tmp_path: Path) -> None:
+    module, path = timm.create_model("resnet18", **SMALL), tmp_path / "shared.safetensors"
+    config = {"name": "resnet18", "create_args": {**SMALL, "checkpoint_path": str(tmp_path / "beside.pth")}}
+    save_trained(path, module, {"kind": "classifier", "config": config, "model": {}, "weights": None})
+    with pytest.raises(UsageError, match=r"model\.create_args\.checkpoint_path: expected a \.safetensors file"):
+        load_classifier(ModelSpec("resnet18", checkpoint=str(path)))
 
 
 def test_a_folder_of_weights_is_no_name_of_a_model(tmp_path: Path) -> None:
